@@ -1,0 +1,1 @@
+"""One model on one accelerator: scheduler, memory, execution. Knows no network and no service."""

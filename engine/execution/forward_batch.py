@@ -1,0 +1,100 @@
+"""What the scheduler hands to the model runner for one step, and what comes back.
+
+The scheduler and the runner meet only here: the scheduler never sees logits, the runner never
+sees a request.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+import torch
+
+
+class ForwardMode(Enum):
+    """What a batch does (scheduling.md section 4)."""
+
+    EXTEND = auto()
+    """Prompts, or chunks of prompts, after a cached prefix of any length."""
+    DECODE = auto()
+    """One new token for each request."""
+    MIXED = auto()
+    """EXTEND rows and one-token rows of running requests in one forward."""
+    SPLIT_PREFILL = auto()
+    """An EXTEND executed a few layers at a time."""
+    PREBUILT = auto()
+    """KV arrived by transfer: joins without a forward."""
+    IDLE = auto()
+
+    def is_extend(self) -> bool:
+        return self in (ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.SPLIT_PREFILL)
+
+    def is_decode(self) -> bool:
+        return self is ForwardMode.DECODE
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of a batch; `b` rows, device tensors unless said otherwise."""
+
+    temperature: torch.Tensor
+    """[b] float32; 0 is greedy."""
+    top_p: torch.Tensor
+    """[b] float32."""
+    top_k: torch.Tensor
+    """[b] int64; 0 keeps all."""
+    seed: torch.Tensor
+    """[b] int64; the unsigned 64-bit seed's bits."""
+    position: torch.Tensor
+    """[b] int64; absolute position (prompt + output) of the token to be drawn."""
+    all_greedy: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step. `t` input tokens of `b` requests, request after request."""
+
+    forward_mode: ForwardMode
+    input_ids: torch.Tensor
+    """[t] int64."""
+    positions: torch.Tensor
+    """[t] int64; absolute positions of the input tokens."""
+    out_cache_loc: torch.Tensor
+    """[t] int64; token slot (page * page_size + offset) that receives each input token's KV."""
+    req_pool_indices: torch.Tensor
+    """[b] int64; rows of `req_to_token`."""
+    seq_lens: torch.Tensor
+    """[b] int64; tokens whose KV exists after this step (prefix + extend; for DECODE, all)."""
+    seq_lens_cpu: list[int]
+    """The same on the host."""
+    extend_prefix_lens: list[int]
+    """[b]; tokens whose KV existed before. For DECODE: seq_len - 1."""
+    extend_lens: list[int]
+    """[b]; input tokens of each request; sums to t. For DECODE: ones."""
+    req_to_token: torch.Tensor
+    """[rows, max_context] int32; token slot of each position of each row."""
+    sampling: SamplingBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """One drawn token a request: after the last input token of each."""
+
+    next_token_ids: torch.Tensor
+    """[b] int64, on the device."""
+    logprobs: torch.Tensor | None
+    """[b] float32, on the device; None unless some request asked."""
+
+
+class BatchRunner(Protocol):
+    """Computes a step; implemented by `ModelRunner` and, in tests, by a scripted stub."""
+
+    def forward(self, batch: ForwardBatch) -> ForwardResult:
+        """Called by the scheduler, once a step, from its own thread only. Writes the KV of all
+        input tokens at `out_cache_loc` in every layer, and draws one token a request. May return
+        before the device is done; reading the result's tensors waits for it.
+        """
+        ...
