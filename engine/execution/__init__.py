@@ -1,0 +1,1 @@
+"""Runs a batch on a device: attention backends, model runner, sampling."""

@@ -1,0 +1,175 @@
+"""Decode steps as captured CUDA graphs, for a ladder of batch sizes.
+
+A decode step of an 8B model is some 450 kernel launches; at small batches the host takes longer to
+launch them than the GPU to run them. A graph replays them in one call. Shapes in a graph are fixed,
+so a batch is padded to the next size of the ladder with rows that read and write the pool's
+padding page only. Attention's plan is made outside the graph, into buffers at fixed addresses.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.forward_batch import ForwardBatch
+from engine.execution.page_table import PageTable, page_table
+from engine.memory.kv_pool import PageMajorKVPool
+from engine.models.decoder import Decoder
+from engine.models.fused_ops import flashinfer_library
+
+_WARM_UP_RUNS = 2
+"""Before a capture, so that libraries build, tune and allocate outside it."""
+
+
+def ladder(max_batch: int) -> list[int]:
+    """Batch sizes to capture: dense where padding would cost most."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch + 32, 32)]
+    return sorted({min(size, max_batch) for size in sizes})
+
+
+class DecodeGraphs:
+    """Captures at construction; afterwards `forward_logits` replays."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_pool: PageMajorKVPool,
+        attention: FlashInferAttention,
+        *,
+        max_batch: int,
+    ) -> None:
+        device = kv_pool.device
+        self._decoder = decoder
+        self._pool = kv_pool
+        self._sizes = ladder(max_batch)
+        largest = self._sizes[-1]
+        self._input_ids = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._padding_slot = kv_pool.num_pages * kv_pool.page_size
+        self._out_cache_loc = torch.full(
+            (largest,), self._padding_slot, dtype=torch.int64, device=device
+        )
+        self._padding_pages = torch.full(
+            (largest,), kv_pool.num_pages, dtype=torch.int32, device=device
+        )
+        buffers = _TableBuffers(decoder, kv_pool, largest)
+        memory: Any = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, _Graph] = {}
+        # From large to small, so that the smaller ones reuse the largest one's memory.
+        for size in reversed(self._sizes):
+            graph_attention = _GraphAttention(attention, buffers, size)
+            graph_attention.plan(self._padded([], size))
+            self._graphs[size] = _Graph(
+                graph_attention, *capture(self._step(size, graph_attention), memory)
+            )
+
+    def can_run(self, batch: ForwardBatch) -> bool:
+        return batch.forward_mode.is_decode() and len(batch.seq_lens_cpu) <= self._sizes[-1]
+
+    def forward_logits(self, batch: ForwardBatch) -> torch.Tensor:
+        """As ModelRunner.forward_logits. The result is overwritten by the next call."""
+        count = len(batch.seq_lens_cpu)
+        size = self._sizes[bisect_left(self._sizes, count)]
+        graph = self._graphs[size]
+        graph.attention.plan(self._padded([page_table(batch, self._pool.page_size)], size - count))
+        self._input_ids[:count].copy_(batch.input_ids)
+        self._positions[:count].copy_(batch.positions)
+        self._out_cache_loc[:count].copy_(batch.out_cache_loc)
+        if count < size:
+            self._input_ids[count:size].zero_()
+            self._positions[count:size].zero_()
+            self._out_cache_loc[count:size].fill_(self._padding_slot)
+        graph.replay()
+        return graph.logits[:count]
+
+    def _step(self, size: int, attention: "_GraphAttention") -> Callable[[], torch.Tensor]:
+        def step() -> torch.Tensor:
+            hidden = self._decoder.forward(
+                self._input_ids[:size],
+                self._positions[:size],
+                self._pool.rows(self._out_cache_loc[:size]),
+                self._pool,
+                attention,
+                None,
+            )
+            return self._decoder.logits(hidden)
+
+        return step
+
+    def _padded(self, tables: list[PageTable], rows: int) -> PageTable:
+        """One table of the given requests and `rows` rows of one token in the padding page."""
+        indptr = torch.zeros(1, dtype=torch.int32)
+        last = torch.ones(rows, dtype=torch.int32)
+        indices = self._padding_pages[:rows]
+        for table in tables:
+            indptr = table.indptr
+            last = torch.cat((table.last_page_len, last))
+            indices = torch.cat((table.indices, indices))
+        more = indptr[-1] + torch.arange(1, rows + 1, dtype=torch.int32)
+        return PageTable(torch.cat((indptr, more)), indices, last)
+
+
+class _Graph:
+    """A captured step and the tensor that it leaves its logits in."""
+
+    __slots__ = ("attention", "logits", "replay")
+
+    def __init__(
+        self, attention: "_GraphAttention", replay: Callable[[], None], logits: torch.Tensor
+    ) -> None:
+        self.attention = attention
+        self.replay = replay
+        self.logits = logits
+
+
+class _TableBuffers:
+    """Page tables at fixed addresses; sizes share them, since only one graph runs at a time."""
+
+    __slots__ = ("indices", "indptr", "last_page_len")
+
+    def __init__(self, decoder: Decoder, kv_pool: PageMajorKVPool, rows: int) -> None:
+        # Requests that share a prefix list its pages once each, so the pool's size is no bound.
+        pages = rows * -(-decoder.config.context_length // kv_pool.page_size)
+        device = kv_pool.device
+        self.indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(pages, dtype=torch.int32, device=device)
+        self.last_page_len = torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+class _GraphAttention:
+    """Decode attention whose plan lies at fixed addresses."""
+
+    def __init__(self, attention: FlashInferAttention, buffers: _TableBuffers, size: int) -> None:
+        self._shared = attention
+        self._wrapper: Any = flashinfer_library().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+            attention.workspace,
+            buffers.indptr[: size + 1],
+            buffers.indices,
+            buffers.last_page_len[:size],
+            "NHD",
+            use_tensor_cores=True,
+        )
+
+    def plan(self, pages: PageTable) -> None:
+        self._shared.plan_decode(self._wrapper, pages)
+
+    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        return self._shared.run_with(self._wrapper, layer, q)
+
+
+def capture(
+    step: Callable[[], torch.Tensor], memory: Any
+) -> tuple[Callable[[], None], torch.Tensor]:
+    """(replay, the step's output, which each replay overwrites)."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP_RUNS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        output = step()
+    return graph.replay, output

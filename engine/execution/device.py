@@ -1,0 +1,105 @@
+"""Which device and dtype to compute on, and how many KV pages fit there."""
+
+from typing import Literal
+
+import torch
+
+from engine.errors import ConfigError
+from engine.model_config import ModelConfig
+
+DEFAULT_CPU_TOKENS = 65_536
+"""Size of a CPU's KV pool where the operator names none, in tokens."""
+
+
+def resolve_device(name: Literal["auto", "cpu", "cuda"], index: int = 0) -> torch.device:
+    """The torch device for a configured name. ConfigError where CUDA is asked for in vain."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch finds no usable GPU "
+            f"(torch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'})"
+        )
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise ConfigError(f"device_index is {index}, but {count} GPUs are visible")
+    return torch.device("cuda", index)
+
+
+def to_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """[n] int64 on `device`, without waiting for the device: pinned memory makes the copy
+    asynchronous."""
+    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+def resolve_dtype(
+    name: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> torch.dtype:
+    """auto: bfloat16 on CUDA; float32 on a CPU, exact against the reference."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def kv_pool_pages(
+    config: ModelConfig,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_total_tokens: int = 0,
+    mem_fraction: float = 0.85,
+    reserved_bytes: int = 0,
+) -> int:
+    """Pages of the KV pool, once the weights are loaded.
+
+    `max_total_tokens` decides where it is not 0 (rounded up to whole pages). Otherwise a CPU gets
+    DEFAULT_CPU_TOKENS, and a GPU what is left of `mem_fraction` of its memory after everything
+    that is in use now and `reserved_bytes` more (a landing window, say).
+
+    Raises ConfigError, naming the figures, where that is not even one page or more than is free.
+    """
+    if page_size < 1:
+        raise ConfigError(f"page_size must be at least 1 token, not {page_size}")
+    page_bytes = page_size * config.kv_elements_per_token * dtype.itemsize
+    if max_total_tokens < 0:
+        raise ConfigError(f"max_total_tokens must not be negative, not {max_total_tokens}")
+    if max_total_tokens or device.type != "cuda":
+        pages = -(-(max_total_tokens or DEFAULT_CPU_TOKENS) // page_size)
+        if device.type == "cuda":
+            _check_fits(pages, page_bytes, device, reserved_bytes)
+        return pages
+    if not 0 < mem_fraction <= 1:
+        raise ConfigError(f"mem_fraction must be in (0, 1], not {mem_fraction}")
+    free, total = _memory(device)
+    available = int(total * mem_fraction) - (total - free) - reserved_bytes
+    pages = available // page_bytes - 1  # the padding page
+    if pages < 1:
+        raise ConfigError(
+            f"no memory is left for KV pages on {device}: of {_gib(total)} mem_fraction "
+            f"{mem_fraction} allows {_gib(int(total * mem_fraction))}, {_gib(total - free)} are in "
+            f"use and {_gib(reserved_bytes)} reserved; a page takes {_gib(page_bytes)}. "
+            "Raise mem_fraction, or free the GPU"
+        )
+    return pages
+
+
+def _check_fits(pages: int, page_bytes: int, device: torch.device, reserved_bytes: int) -> None:
+    free, _ = _memory(device)
+    wanted = (pages + 1) * page_bytes + reserved_bytes
+    if wanted > free:
+        raise ConfigError(
+            f"max_total_tokens asks for {_gib(wanted)} of KV pages, but {device} has "
+            f"{_gib(free)} free: lower it"
+        )
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes; memory that torch caches without need counts as free."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,127 @@
+"""Computes one step of a batch: decoder, logits, sampling."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from engine.execution.attention import AttentionBackend, AttentionName, create_attention
+from engine.execution.decode_graphs import DecodeGraphs
+from engine.execution.device import kv_pool_pages, to_device
+from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.forward_batch import ForwardBatch, ForwardMode, ForwardResult
+from engine.execution.sampler import Sampler
+from engine.memory.kv_pool import PageMajorKVPool
+from engine.model_config import ModelConfig
+from engine.models.decoder import Decoder, load_decoder
+
+
+class ModelRunner:
+    """`BatchRunner` on one device. Used by the scheduler's thread only.
+
+    No step waits for the device: what `forward` returns are tensors that may still be computed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        kv_pool: PageMajorKVPool,
+        attention: AttentionBackend,
+        decode_graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model_config = decoder.config
+        self.decoder = decoder
+        self.kv_pool = kv_pool
+        self.attention = attention
+        self._decode_graphs = decode_graphs
+        self._sampler = Sampler()
+
+    def forward(self, batch: ForwardBatch) -> ForwardResult:
+        """Writes the KV of all input tokens, and draws one token a request."""
+        return self._sampler.sample(self.forward_logits(batch), batch.sampling)
+
+    # no_grad and not inference_mode: the scheduler may go on computing with the result's tensors,
+    # and inference tensors refuse in-place changes outside that mode.
+    @torch.no_grad()
+    def forward_logits(self, batch: ForwardBatch) -> torch.Tensor:
+        """Writes the KV of all input tokens; logits [b, vocab] float32 after the last of each
+        request."""
+        if batch.forward_mode in (ForwardMode.PREBUILT, ForwardMode.IDLE):
+            raise ValueError(f"a {batch.forward_mode.name} batch has no forward")
+        if self._decode_graphs is not None and self._decode_graphs.can_run(batch):
+            return self._decode_graphs.forward_logits(batch)
+        self.attention.plan(batch)
+        hidden = self.decoder.forward(
+            batch.input_ids,
+            batch.positions,
+            self.kv_pool.rows(batch.out_cache_loc),
+            self.kv_pool,
+            self.attention,
+            self._last_tokens(batch),
+        )
+        return self.decoder.logits(hidden)
+
+    def _last_tokens(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Index of each request's last input token; None where all tokens are."""
+        if len(batch.extend_lens) == batch.input_ids.shape[0]:
+            return None
+        last, end = [], -1
+        for length in batch.extend_lens:
+            end += length
+            last.append(end)
+        return to_device(last, batch.input_ids.device)
+
+
+def load_model_runner(
+    model_config: ModelConfig,
+    *,
+    model_path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    page_size: int,
+    max_total_tokens: int = 0,
+    mem_fraction: float = 0.85,
+    reserved_bytes: int = 0,
+    load_format: Literal["auto", "dummy"] = "auto",
+    attention: AttentionName = "auto",
+    max_context_length: int = 0,
+    graphs_up_to: int = 0,
+) -> ModelRunner:
+    """Loads the weights, then gives the KV pool what memory is left (see kv_pool_pages), then
+    builds the runner; the pool is its `kv_pool`.
+
+    `max_context_length` shortens the model's context (0: as it is). `graphs_up_to` captures decode
+    steps up to that many requests as CUDA graphs, where attention is FlashInfer's (0: none).
+    Raises InvalidModelError, ConfigError.
+    """
+    if max_context_length:
+        shorter = min(max_context_length, model_config.context_length)
+        model_config = replace(model_config, context_length=shorter)
+    decoder = load_decoder(
+        model_config, model_path=model_path, device=device, dtype=dtype, load_format=load_format
+    )
+    num_pages = kv_pool_pages(
+        model_config,
+        page_size=page_size,
+        dtype=dtype,
+        device=device,
+        max_total_tokens=max_total_tokens,
+        mem_fraction=mem_fraction,
+        reserved_bytes=reserved_bytes,
+    )
+    kv_pool = PageMajorKVPool(
+        num_pages=num_pages,
+        page_size=page_size,
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    backend = create_attention(model_config, kv_pool, attention)
+    graphs = None
+    if graphs_up_to and isinstance(backend, FlashInferAttention):
+        with torch.no_grad():
+            graphs = DecodeGraphs(decoder, kv_pool, backend, max_batch=graphs_up_to)
+    return ModelRunner(decoder, kv_pool=kv_pool, attention=backend, decode_graphs=graphs)

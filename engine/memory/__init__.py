@@ -1,0 +1,1 @@
+"""Pages of KV: who owns each, where a request's tokens lie, what a prefix tree keeps."""

@@ -1,0 +1,1 @@
+"""Llama-family models and the loading of their weights."""

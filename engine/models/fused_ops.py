@@ -1,0 +1,76 @@
+"""`Ops` as FlashInfer's fused kernels, and the one door to the FlashInfer library."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+"""What FlashInfer's kernels are built for."""
+
+
+def flashinfer_installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def flashinfer_library() -> Any:
+    """The `flashinfer` module. Untyped and optional: nothing else imports it.
+
+    Raises ImportError where it, or something that it needs, is missing.
+    """
+    return importlib.import_module("flashinfer")
+
+
+class FusedOps:
+    """CUDA only; bfloat16 and float16. All but `rms_norm` and `silu_and_mul` work in place."""
+
+    def __init__(self, cos_sin_table: torch.Tensor) -> None:
+        """`cos_sin_table` is rope.cos_sin_table's, on the GPU."""
+        library = flashinfer_library()
+        self._rms_norm = library.rmsnorm
+        self._add_rms_norm = library.fused_add_rmsnorm
+        self._rotate = library.apply_rope_with_cos_sin_cache_inplace
+        self._silu_and_mul = library.silu_and_mul
+        self._table = cos_sin_table
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (positions,)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        result: torch.Tensor = self._rms_norm(x, weight, eps)
+        return result
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._add_rms_norm(x, residual, weight, eps)
+        return x, residual
+
+    def qk_norm(
+        self,
+        qk: torch.Tensor,
+        num_heads: int,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        self._rms_norm(q, q_weight, eps, out=q)
+        self._rms_norm(k, k_weight, eps, out=k)
+        return qk
+
+    def rotate(
+        self, qk: torch.Tensor, num_heads: int, rotation: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        tokens, _, head_dim = qk.shape
+        # The library wants heads folded into one dimension. qk is a strided slice of the merged
+        # projection: folding keeps the view, and the rotation happens in place.
+        q = qk[:, :num_heads].view(tokens, -1)
+        k = qk[:, num_heads:].view(tokens, -1)
+        self._rotate(rotation[0], q, k, head_dim, self._table, is_neox=True)
+        return qk
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._silu_and_mul(gate_up)
+        return result

@@ -1,0 +1,101 @@
+"""The elementwise steps between a decoder's matrix products, behind one small interface.
+
+Plain torch here, readable and exact in float32; `fused_ops` computes the same with one kernel a
+step on CUDA. A decoder calls them without knowing which it holds.
+"""
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+
+class Ops(Protocol):
+    """Every method may overwrite the activations it is given: use what it returns."""
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `rotate` needs for tokens at `positions` [t] int64; once a step."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / RMS(x) * weight over the last dimension of x [t, hidden]."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual), both [t, hidden]."""
+        ...
+
+    def qk_norm(
+        self,
+        qk: torch.Tensor,
+        num_heads: int,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """Per-head norm of qk [t, num_heads + kv_heads, head_dim], queries first."""
+        ...
+
+    def rotate(
+        self, qk: torch.Tensor, num_heads: int, rotation: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Rotary embedding of qk [t, num_heads + kv_heads, head_dim]; dimension i turns with
+        dimension i + head_dim / 2."""
+        ...
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [t, 2 * n], gate first: [t, n]."""
+        ...
+
+
+class TorchOps:
+    """Plain torch: any device, any floating dtype; norms and rotations computed in float32."""
+
+    def __init__(self, cos_sin_table: torch.Tensor) -> None:
+        """`cos_sin_table` is rope.cos_sin_table's."""
+        cos, sin = cos_sin_table.chunk(2, dim=-1)
+        self._cos = torch.cat((cos, cos), dim=-1)
+        # With the first half negated, rotating is a roll, a product and a sum.
+        self._sin = torch.cat((-sin, sin), dim=-1)
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cos = self._cos.index_select(0, positions).unsqueeze(1)
+        sin = self._sin.index_select(0, positions).unsqueeze(1)
+        return cos, sin
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        full = x.float()
+        variance = full.pow(2).mean(-1, keepdim=True)
+        return weight * (full * torch.rsqrt(variance + eps)).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = x + residual
+        return self.rms_norm(residual, weight, eps), residual
+
+    def qk_norm(
+        self,
+        qk: torch.Tensor,
+        num_heads: int,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        q = self.rms_norm(qk[:, :num_heads], q_weight, eps)
+        k = self.rms_norm(qk[:, num_heads:], k_weight, eps)
+        return torch.cat((q, k), dim=1)
+
+    def rotate(
+        self, qk: torch.Tensor, num_heads: int, rotation: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        cos, sin = rotation
+        full = qk.float()
+        swapped = full.roll(full.shape[-1] // 2, dims=-1)
+        return (full * cos).addcmul_(swapped, sin).to(qk.dtype)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)

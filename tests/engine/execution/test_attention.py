@@ -1,0 +1,251 @@
+"""Attention backends: which is taken, how rows are grouped, what FlashInfer is told."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.execution import attention as attention_module
+from engine.execution import decode_graphs, flashinfer_attention
+from engine.execution.attention import AttentionBackend, create_attention
+from engine.execution.decode_graphs import DecodeGraphs
+from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.forward_batch import ForwardMode
+from engine.execution.model_runner import ModelRunner
+from engine.execution.page_table import page_table
+from engine.execution.torch_attention import TorchAttention
+from tests.checkpoints import random_prompt
+from tests.engine.execution.conftest import PAGE_SIZE
+from tests.engine.execution.harness import Harness
+
+MakeRunner = Callable[[str], ModelRunner]
+
+
+def test_a_cpu_takes_torch(runner: MakeRunner) -> None:
+    assert runner("llama-gqa").attention.name == "torch"
+
+
+def test_flashinfer_by_name_on_a_cpu_is_a_config_error(runner: MakeRunner) -> None:
+    model = runner("llama-gqa")
+    with pytest.raises(ConfigError, match="the device is cpu"):
+        create_attention(model.model_config, model.kv_pool, "flashinfer")
+
+
+def test_flashinfer_is_refused_for_what_its_kernels_lack(
+    runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner("llama-gqa")
+    pool = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+
+    def obstacle(dtype: torch.dtype) -> str:
+        pool.dtype = dtype
+        return attention_module.flashinfer_obstacle(model.model_config, pool)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention_module, "flashinfer_installed", lambda: False)
+    assert "not installed" in obstacle(torch.bfloat16)
+    monkeypatch.setattr(attention_module, "flashinfer_installed", lambda: True)
+    assert "float32" in obstacle(torch.float32)
+    assert "head_dim of 16" in obstacle(torch.bfloat16)
+
+
+def test_decode_rows_of_similar_length_share_a_call(runner: MakeRunner) -> None:
+    model = runner("llama-gqa")
+    backend = TorchAttention(model.model_config, model.kv_pool)
+    harness = Harness(model.kv_pool)
+    rows = [harness.row(random_prompt(length, seed=1)) for length in (500, 9, 300, 20, 120, 70)]
+    harness.extend(*((row, len(row.tokens) - 1) for row in rows))
+    backend.plan(harness.decode(*rows))
+    widths = [group.mask.shape[-1] // PAGE_SIZE for group in backend._singles]
+    members = [group.tokens.tolist() for group in backend._singles if group.tokens is not None]
+    assert widths == [32, 8, 2]
+    assert members == [[0, 2], [4, 5], [1, 3]]
+
+
+def test_a_page_table_lists_each_requests_pages_in_order(runner: MakeRunner) -> None:
+    harness = Harness(runner("llama-gqa").kv_pool)
+    rows = [harness.row(random_prompt(length, seed=1)) for length in (PAGE_SIZE, 40, 1)]
+    table = page_table(harness.extend(*((row, len(row.tokens)) for row in rows)), PAGE_SIZE)
+    assert table.indptr.tolist() == [0, 1, 4, 5]
+    assert table.last_page_len.tolist() == [PAGE_SIZE, 40 - 2 * PAGE_SIZE, 1]
+    assert table.indices.tolist() == [page for row in rows for page in row.pages]
+    assert table.indices.dtype == table.indptr.dtype == torch.int32
+
+
+class FakeWrapper:
+    """A paged attention wrapper with FlashInfer's parameters, in the slowest of ways."""
+
+    def __init__(self, workspace: torch.Tensor, kv_layout: str, **kwargs: Any) -> None:
+        assert workspace.dtype == torch.uint8
+        assert kv_layout == "NHD"
+        self.plans = 0
+        self._rows: list[tuple[int, int, list[int], int]] = []
+
+    def _plan(self, qo: list[int], indptr: Any, indices: Any, last: Any, page_size: int) -> None:
+        self.plans += 1
+        self._rows = []
+        for row, (first, end) in enumerate(pairwise(indptr)):
+            pages = indices[first:end].tolist()
+            length = (len(pages) - 1) * page_size + int(last[row])
+            self._rows.append((qo[row], qo[row + 1], pages, length))
+
+    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        out = torch.empty(q.shape)
+        for start, end, pages, length in self._rows:
+            k, v = (cache[pages].flatten(0, 1)[:length] for cache in kv)
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+            scores = torch.einsum("qhd,khd->hqk", q[start:end], k) / math.sqrt(q.shape[2])
+            count = end - start
+            hidden = torch.ones(count, length).triu(length - count + 1).bool()
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[start:end] = torch.einsum("hqk,khd->qhd", weights, v)
+        return out
+
+
+class FakePrefill(FakeWrapper):
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        causal: bool = False,
+        q_data_type: str = "float16",
+        kv_data_type: str | None = None,
+    ) -> None:
+        assert causal
+        self._plan(
+            qo_indptr.tolist(),
+            paged_kv_indptr.tolist(),
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            page_size,
+        )
+
+
+class FakeDecode(FakeWrapper):
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        q_data_type: str = "float16",
+        kv_data_type: str | None = None,
+    ) -> None:
+        rows = list(range(len(last_page_len) + 1))
+        self._plan(rows, indptr.tolist(), indices, last_page_len, page_size)
+
+
+class FakeGraphDecode(FakeDecode):
+    def __init__(
+        self,
+        workspace: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        kv_layout: str,
+        use_tensor_cores: bool,
+    ) -> None:
+        super().__init__(workspace, kv_layout)
+        assert indptr.shape[0] == last_page_len.shape[0] + 1
+        self._limits = (last_page_len.shape[0], indices.shape[0])
+
+    def _plan(self, qo: list[int], indptr: Any, indices: Any, last: Any, page_size: int) -> None:
+        assert len(last) == self._limits[0]
+        assert len(indices) <= self._limits[1]
+        super()._plan(qo, indptr, indices, last, page_size)
+
+
+def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch.Tensor]:
+    """A capture without CUDA: replaying computes the step anew, into the same tensor."""
+    output = step()
+    return lambda: output.copy_(step()), output
+
+
+@pytest.fixture
+def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(
+        BatchPrefillWithPagedKVCacheWrapper=FakePrefill,
+        BatchDecodeWithPagedKVCacheWrapper=FakeDecode,
+        CUDAGraphBatchDecodeWithPagedKVCacheWrapper=FakeGraphDecode,
+    )
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    monkeypatch.setattr(flashinfer_attention, "flashinfer_library", lambda: library)
+    monkeypatch.setattr(decode_graphs, "flashinfer_library", lambda: library)
+    monkeypatch.setattr(decode_graphs, "capture", run_again)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(flashinfer_attention, "_WORKSPACE_BYTES", 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+
+
+@pytest.mark.usefixtures("fake_flashinfer")
+def test_flashinfer_is_told_the_same_story_as_torch(runner: MakeRunner) -> None:
+    model = runner("llama-gqa")
+    backends: list[AttentionBackend] = [
+        TorchAttention(model.model_config, model.kv_pool),
+        FlashInferAttention(model.model_config, model.kv_pool),
+    ]
+    outcomes = []
+    for backend in backends:
+        harness = Harness(model.kv_pool)
+        a, b, c = (harness.row(random_prompt(length, seed=length)) for length in (60, 40, 30))
+        model.attention = backend
+        steps = [
+            harness.extend((a, 40), (b, 16)),
+            harness.extend((a, 18), (c, 29)),
+            harness.decode(a, c),
+            harness.extend((b, 24), (a, 1), mode=ForwardMode.MIXED),
+        ]
+        outcomes.append([model.forward_logits(step) for step in steps])
+    for expected, actual in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    flashinfer = backends[1]
+    assert isinstance(flashinfer, FlashInferAttention)
+    assert (flashinfer._prefill.plans, flashinfer._decode.plans) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (20, [1, 2, 4, 8, 16, 20])]
+)
+def test_the_ladder_ends_at_the_largest_batch(max_batch: int, expected: list[int]) -> None:
+    assert decode_graphs.ladder(max_batch) == expected
+
+
+def test_a_long_ladder_is_dense_at_small_batches() -> None:
+    sizes = decode_graphs.ladder(256)
+    assert sizes[0] == 1
+    assert sizes[-1] == 256
+    assert all(b - a <= max(2, a) for a, b in pairwise(sizes))
+
+
+@pytest.mark.usefixtures("fake_flashinfer")
+def test_padded_decode_steps_equal_plain_ones(runner: MakeRunner) -> None:
+    model = runner("llama-gqa")
+    attention = FlashInferAttention(model.model_config, model.kv_pool)
+    with torch.no_grad():
+        graphs = DecodeGraphs(model.decoder, model.kv_pool, attention, max_batch=6)
+    padded = ModelRunner(
+        model.decoder, kv_pool=model.kv_pool, attention=attention, decode_graphs=graphs
+    )
+    harness = Harness(model.kv_pool)
+    rows = [harness.row(random_prompt(length, seed=length)) for length in (33, 5, 17, 20, 64)]
+    model.forward_logits(harness.extend(*((row, len(row.tokens) - 3) for row in rows)))
+    for count in (5, 3, 1):
+        step = harness.decode(*rows[:count])
+        expected = model.forward_logits(step)
+        torch.testing.assert_close(padded.forward_logits(step), expected, atol=1e-4, rtol=0)
+    assert not graphs.can_run(harness.extend((rows[4], 2)))

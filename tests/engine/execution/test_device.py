@@ -1,0 +1,106 @@
+"""Choosing device, dtype, and the number of pages."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.execution import device as device_module
+from engine.execution.device import kv_pool_pages, resolve_device, resolve_dtype
+from engine.model_config import ModelConfig
+from engine.models.rope import RopeConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    context_length=4096,
+    tie_word_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    eos_token_ids=(),
+    checkpoint_dtype="float32",
+)
+PAGE_BYTES = 64 * 4 * 2 * 2 * 16 * 4
+
+
+def pages(device: torch.device = CPU, **changes: Any) -> int:
+    settings: dict[str, Any] = {"max_total_tokens": 0, "page_size": 64, **changes}
+    return kv_pool_pages(CONFIG, dtype=torch.float32, device=device, **settings)
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended GPU: 1,000 pages in all, 600 of them free."""
+    figures = (600 * PAGE_BYTES, 1000 * PAGE_BYTES)
+    monkeypatch.setattr(device_module, "_memory", lambda device: figures)
+
+
+def test_auto_takes_float32_on_a_cpu_and_bfloat16_on_a_gpu() -> None:
+    assert resolve_dtype("auto", CPU) == torch.float32
+    assert resolve_dtype("auto", CUDA) == torch.bfloat16
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_cuda_without_a_gpu_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == CPU
+    with pytest.raises(ConfigError, match="no usable GPU"):
+        resolve_device("cuda")
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="device_index is 2, but 2 GPUs"):
+        resolve_device("cuda", 2)
+
+
+def test_tokens_are_rounded_up_to_pages() -> None:
+    assert pages(max_total_tokens=65) == 2
+    assert pages() == 1024
+
+
+@pytest.mark.usefixtures("gpu_memory")
+def test_a_gpu_gives_what_the_fraction_leaves() -> None:
+    # 800 allowed, 400 in use, 100 reserved, 1 for padding.
+    assert pages(CUDA, mem_fraction=0.8, reserved_bytes=100 * PAGE_BYTES) == 299
+
+
+@pytest.mark.usefixtures("gpu_memory")
+def test_no_room_is_a_config_error_with_the_figures() -> None:
+    with pytest.raises(ConfigError, match=r"mem_fraction 0\.4 allows"):
+        pages(CUDA, mem_fraction=0.4)
+    with pytest.raises(ConfigError, match="max_total_tokens asks for"):
+        pages(CUDA, max_total_tokens=601 * 64)
+    assert pages(CUDA, max_total_tokens=599 * 64) == 599
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"page_size": 0}, "page_size"),
+        ({"max_total_tokens": -1}, "max_total_tokens"),
+    ],
+)
+def test_nonsense_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        pages(**changes)
+
+
+def test_more_kv_heads_make_larger_pages() -> None:
+    assert replace(CONFIG, num_kv_heads=8).kv_elements_per_token == 4 * CONFIG.kv_elements_per_token

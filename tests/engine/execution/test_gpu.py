@@ -1,0 +1,95 @@
+"""On a CUDA device: every backend and fused kernel against float32 on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.execution.attention import create_attention, flashinfer_obstacle
+from engine.execution.model_runner import ModelRunner
+from engine.execution.noise import gumbel_noise
+from engine.memory.kv_pool import PageMajorKVPool
+from engine.model_config import ModelConfig
+from engine.models.decoder import Decoder, load_decoder
+from tests.checkpoints import random_prompt, write_config
+from tests.engine.execution.harness import Harness
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run(decoder: Decoder, attention: str) -> list[torch.Tensor]:
+    config = decoder.config
+    pool = PageMajorKVPool(
+        num_pages=64,
+        page_size=16,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    backend = create_attention(config, pool, "torch" if attention == "torch" else "flashinfer")
+    runner = ModelRunner(decoder, kv_pool=pool, attention=backend)
+    harness = Harness(pool)
+    a, b, c = (harness.row(random_prompt(length, seed=length)) for length in (200, 40, 30))
+    steps = [
+        harness.extend((a, 128), (b, 38), (c, 1)),
+        harness.extend((a, 70), (c, 28)),
+        harness.decode(c, a, b),
+    ]
+    return [runner.forward_logits(step).cpu() for step in steps]
+
+
+@pytest.mark.parametrize("attention", ["torch", "flashinfer"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_logits_in_bfloat16_are_close_to_the_reference(
+    family: str, attention: str, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, Qwen3Config
+
+    shape: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "eos_token_id": 0,
+    }
+    config = LlamaConfig(**shape) if family == "llama" else Qwen3Config(**shape)
+    write_config(tmp_path, config)
+    parsed = ModelConfig.from_directory(tmp_path)
+
+    def load(device: str, dtype: torch.dtype) -> Decoder:
+        where = torch.device(device)
+        return load_decoder(parsed, model_path=str(tmp_path), device=where, dtype=dtype)
+
+    expected = run(load("cpu", torch.float32), "torch")
+    decoder = load("cuda", torch.bfloat16)
+    pool = PageMajorKVPool(
+        num_pages=1,
+        page_size=16,
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device=decoder.device,
+    )
+    obstacle = flashinfer_obstacle(parsed, pool)
+    if attention == "flashinfer" and obstacle:
+        pytest.skip(obstacle)
+    for actual, wanted in zip(run(decoder, attention), expected, strict=True):
+        assert float((actual - wanted).norm() / wanted.norm()) < 3e-2
+
+
+def test_sampling_noise_is_that_of_the_cpu() -> None:
+    seed, position = torch.tensor([1, -5, 2**62]), torch.tensor([0, 7, 4096])
+    expected = gumbel_noise(seed, position, 10_000)
+    actual = gumbel_noise(seed.cuda(), position.cuda(), 10_000).cpu()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
