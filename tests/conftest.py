@@ -1,0 +1,36 @@
+"""What every test gets: a clean environment, one thread a process, GPU tests only with a GPU."""
+
+import functools
+import os
+
+import pytest
+from hypothesis import settings
+
+# Tests run beside one another and start processes of their own; torch reads these when it loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Processes that made a NIXL agent crash at exit where rdma-core's libnl meets another one.
+os.environ.setdefault("UCX_MODULES", "^ib")
+# No test may depend on a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A setting in the developer's shell must not reach the code under test.
+for _name in [name for name in os.environ if name.startswith("BATON_")]:
+    del os.environ[_name]
+
+settings.register_profile("baton", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "baton"))
+
+
+@functools.cache
+def _no_cuda() -> str:
+    """Why GPU tests cannot run here; empty where they can."""
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device; torch sees none"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and _no_cuda():
+            item.add_marker(pytest.mark.skip(reason=_no_cuda()))
