@@ -1,0 +1,196 @@
+"""The asyncio client: the same calls as `baton.Client`, awaited.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        async with client.generate("Hi", max_tokens=16) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+Use the stream as a context manager wherever it may be left early: asyncio collects an abandoned
+stream only some time later, and until then the workers go on computing for it.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from baton.connection import ConnectionConfig, target_of
+from baton.errors import error_from_call
+from baton.messages import (
+    Chunk,
+    Collector,
+    Completion,
+    Model,
+    RequestOptions,
+    ServerInfo,
+    build_request,
+    chunk_from,
+    model_from,
+    server_info_from,
+)
+from protos.baton.v1 import inference_pb2, inference_pb2_grpc
+
+
+class AsyncTokenStream:
+    """The chunks of one request, in order; an async iterator and an async context manager."""
+
+    def __init__(self, call: Any, request_id: str) -> None:
+        self._call = call
+        self._responses = call.__aiter__()
+        self.request_id = request_id
+        """The request's id; known from the first chunk on where the router chose it."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk.
+
+        Raises:
+            RequestError: the router refused or lost the request.
+        """
+        try:
+            chunk = chunk_from(await anext(self._responses))
+        except grpc.RpcError as error:
+            raise error_from_call(error, request_id=self.request_id) from None
+        self.request_id = chunk.request_id or self.request_id
+        return chunk
+
+    async def close(self) -> None:
+        """Cancels the request unless it has ended."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncClient:
+    """A connection to a router, for one event loop."""
+
+    def __init__(
+        self, address: str = "127.0.0.1:50051", *, config: ConnectionConfig | None = None
+    ) -> None:
+        """Connects lazily: the first call meets a router that is away.
+
+        Args:
+            address: host:port of the router's gRPC server.
+            config: keep-alive, limits, TLS.
+        """
+        self._config = config or ConnectionConfig()
+        credentials = self._config.credentials()
+        options = self._config.channel_options()
+        target = target_of(address)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=options)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncTokenStream:
+        """Streams the continuation of a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            timeout: seconds for the whole stream; then it ends with DeadlineExceeded.
+            options: max_tokens, temperature, seed ... (`baton.RequestOptions` explains each).
+
+        Raises:
+            InvalidRequest: a value that cannot be sent. All else is raised by the stream.
+        """
+        request = build_request(prompt, options)
+        call = self._stub.Generate(request, timeout=self._timeout(timeout))
+        return AsyncTokenStream(call, request_id=request.request_id)
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Completion:
+        """The whole answer at once; arguments as for `generate`.
+
+        Raises:
+            RequestError: the router refused or lost the request.
+        """
+        collector = Collector()
+        async with self.generate(prompt, timeout=timeout, **options) as stream:
+            async for chunk in stream:
+                collector.add(chunk)
+        return collector.completion()
+
+    async def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
+        """Ends a running request; False where none of that id was live.
+
+        Raises:
+            RequestError: the router is out of reach.
+        """
+        try:
+            response = await self._stub.Abort(
+                inference_pb2.AbortRequest(request_id=request_id), timeout=self._timeout(timeout)
+            )
+        except grpc.RpcError as error:
+            raise error_from_call(error, request_id=request_id) from None
+        return bool(response.found)
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """The models served.
+
+        Raises:
+            RequestError: the router is out of reach.
+        """
+        try:
+            response = await self._stub.ListModels(
+                inference_pb2.ListModelsRequest(), timeout=self._timeout(timeout)
+            )
+        except grpc.RpcError as error:
+            raise error_from_call(error) from None
+        return [model_from(card) for card in response.models]
+
+    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """The router's version and its workers.
+
+        Raises:
+            RequestError: the router is out of reach.
+        """
+        try:
+            response = await self._stub.GetServerInfo(
+                inference_pb2.GetServerInfoRequest(), timeout=self._timeout(timeout)
+            )
+        except grpc.RpcError as error:
+            raise error_from_call(error) from None
+        return server_info_from(response)
+
+    async def close(self) -> None:
+        """Closes the connection; open streams end with Cancelled."""
+        await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        return self._config.default_timeout_s if timeout is None else timeout

@@ -1,0 +1,327 @@
+"""What a caller of the client library sees, and its translation from and to the wire."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from baton.errors import InvalidRequest
+from protos.baton.v1 import inference_pb2
+
+FinishReason = Literal["stop", "length", "abort"]
+_FINISH_REASONS: dict[int, FinishReason] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORT: "abort",
+}
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said about a request; what is left out (or None) the server decides."""
+
+    max_tokens: int | None
+    """Most tokens to produce; left out: what fits the context and the workers' memory."""
+
+    temperature: float | None
+    """0 is greedy; finite, >= 0."""
+
+    top_p: float | None
+    """Smallest set of most likely tokens whose probability reaches this; 0 < top_p <= 1."""
+
+    top_k: int | None
+    """Number of most likely tokens kept; 0: all."""
+
+    seed: int | None
+    """The same seed draws the same tokens; left out: the router draws one and reports it."""
+
+    stop_token_ids: Sequence[int]
+    """Tokens that end the output, besides the model's own."""
+
+    ignore_eos: bool | None
+    """Go on past the model's end-of-sequence token."""
+
+    logprobs: bool | None
+    """Report each produced token's log probability."""
+
+    request_id: str
+    """Chosen by the caller, to `abort` it by; left out: chosen by the router."""
+
+    model: str
+    """Left out: the one served."""
+
+    priority: int | None
+    """Smaller is more important; 0 is normal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One produced token."""
+
+    index: int
+    """Position in the output, from 0."""
+
+    id: int
+    """Index into the model's vocabulary."""
+
+    logprob: float | None = None
+    """Natural log of its probability under the unmodified distribution; None: not asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from a prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How the request travelled."""
+
+    transport: str
+    """What moved the KV: nixl, grpc, or none."""
+
+    kv_bytes: int
+    """Bytes of KV that went from prefill to decode."""
+
+    phases_ms: dict[str, float]
+    """Milliseconds by phase: ttft and its parts, handover and its parts (inference.proto)."""
+
+    prefill_worker: str
+    decode_worker: str
+    seed: int
+    """The seed used; the router draws one where none was given."""
+
+    replays: int
+    """How often the request was replayed on other workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one message of the stream added."""
+
+    request_id: str
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish_reason: FinishReason | None = None
+    """Set on the last chunk."""
+
+    stop_token_id: int | None = None
+    usage: Usage | None = None
+    """Set on the last chunk."""
+
+    report: Report | None = None
+    """Set on the last chunk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    """One a token, natural log; None unless asked for."""
+
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+    usage: Usage
+    report: Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that the router serves."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+
+    context_length: int
+    """Longest prompt + output in tokens."""
+
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A worker as the router sees it."""
+
+    id: str
+    role: str
+    """prefill, decode or unified."""
+
+    address: str
+    pid: int
+    """Process id of the front."""
+
+    engine_pids: tuple[int, ...]
+    state: str
+    """ready, draining, lost or incompatible."""
+
+    transports: tuple[str, ...]
+    pages: dict[str, int]
+    """free, cached, held, in_use and total."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """The router and its workers."""
+
+    version: str
+    protocol_version: int
+    workers: tuple[Worker, ...] = field(default=())
+
+
+def build_request(
+    prompt: str | Sequence[int], options: RequestOptions
+) -> inference_pb2.GenerateRequest:
+    """The wire form of a request.
+
+    Raises:
+        InvalidRequest: a value that the wire cannot carry (a negative token id, say). Everything
+            else is the router's to judge.
+    """
+    request_id = options.get("request_id", "")
+    try:
+        sampling = inference_pb2.SamplingParams(
+            temperature=options.get("temperature"),
+            top_p=options.get("top_p"),
+            top_k=options.get("top_k"),
+            seed=options.get("seed"),
+            max_tokens=options.get("max_tokens"),
+            stop_token_ids=options.get("stop_token_ids", ()),
+            ignore_eos=options.get("ignore_eos"),
+            logprobs=options.get("logprobs"),
+        )
+        request = inference_pb2.GenerateRequest(
+            request_id=request_id,
+            model=options.get("model", ""),
+            sampling=sampling,
+            priority=options.get("priority"),
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            # Marks the prompt as token ids even where there are none.
+            request.token_ids.SetInParent()
+            request.token_ids.ids.extend(prompt)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(str(error), request_id=request_id) from error
+    return request
+
+
+def chunk_from(response: inference_pb2.GenerateResponse) -> Chunk:
+    return Chunk(
+        request_id=response.request_id,
+        text=response.text,
+        tokens=tuple(
+            Token(
+                index=token.index,
+                id=token.id,
+                logprob=token.logprob if token.HasField("logprob") else None,
+            )
+            for token in response.tokens
+        ),
+        finish_reason=_FINISH_REASONS.get(response.finish_reason),
+        stop_token_id=response.stop_token_id if response.HasField("stop_token_id") else None,
+        usage=_usage(response.usage) if response.HasField("usage") else None,
+        report=_report(response.report) if response.HasField("report") else None,
+    )
+
+
+class Collector:
+    """Joins the chunks of one stream into a Completion."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+        self._last = Chunk(request_id="")
+
+    def add(self, chunk: Chunk) -> None:
+        self._text.append(chunk.text)
+        self._tokens.extend(chunk.tokens)
+        self._last = chunk
+
+    def completion(self) -> Completion:
+        last = self._last
+        logprobs = [token.logprob for token in self._tokens if token.logprob is not None]
+        return Completion(
+            request_id=last.request_id,
+            text="".join(self._text),
+            token_ids=[token.id for token in self._tokens],
+            logprobs=logprobs if logprobs and len(logprobs) == len(self._tokens) else None,
+            finish_reason=last.finish_reason,
+            stop_token_id=last.stop_token_id,
+            usage=last.usage or _usage(inference_pb2.Usage()),
+            report=last.report or _report(inference_pb2.Report()),
+        )
+
+
+def model_from(card: inference_pb2.ModelCard) -> Model:
+    return Model(
+        id=card.id,
+        created=card.created,
+        context_length=card.context_length,
+        vocab_size=card.vocab_size,
+    )
+
+
+def server_info_from(response: inference_pb2.GetServerInfoResponse) -> ServerInfo:
+    return ServerInfo(
+        version=response.version,
+        protocol_version=response.protocol_version,
+        workers=tuple(_worker(worker) for worker in response.workers),
+    )
+
+
+def _usage(usage: inference_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def _report(report: inference_pb2.Report) -> Report:
+    return Report(
+        transport=report.transport,
+        kv_bytes=report.kv_bytes,
+        phases_ms={
+            phase.name.removesuffix("_ms"): float(getattr(report.phases, phase.name))
+            for phase in report.phases.DESCRIPTOR.fields
+        },
+        prefill_worker=report.prefill_worker,
+        decode_worker=report.decode_worker,
+        seed=report.seed,
+        replays=report.replays,
+    )
+
+
+def _worker(worker: inference_pb2.WorkerInfo) -> Worker:
+    role = inference_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_")
+    state = inference_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_")
+    return Worker(
+        id=worker.id,
+        role=role.lower(),
+        address=worker.address,
+        pid=worker.pid,
+        engine_pids=tuple(worker.engine_pids),
+        state=state.lower(),
+        transports=tuple(worker.transports),
+        pages={
+            "free": worker.pages.free,
+            "cached": worker.pages.cached,
+            "held": worker.pages.held,
+            "in_use": worker.pages.in_use,
+            "total": worker.pages.total,
+        },
+        running=worker.running,
+        waiting=worker.waiting,
+    )

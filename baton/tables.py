@@ -1,0 +1,74 @@
+"""Tables for people: a request's journey, a router's workers."""
+
+from rich.console import Console
+from rich.table import Table
+
+from baton.messages import Report, ServerInfo, Usage
+
+TTFT_PARTS = ("admission", "reserve", "queue", "prefill", "network")
+HANDOVER_PARTS = ("transfer_tail", "verify", "join", "first_decode_step", "handover_network")
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def journey_table(report: Report, usage: Usage) -> Table:
+    """Where a request's time went, what moved its KV, and who served it."""
+    table = Table(title="one request, end to end", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for total, parts in (("ttft", TTFT_PARTS), ("handover", HANDOVER_PARTS)):
+        table.add_row(f"{total} (ms)", f"{report.phases_ms.get(total, 0.0):.2f}", style="bold")
+        for part in parts:
+            label = part.removeprefix("handover_").replace("_", " ")
+            table.add_row(f"  {label}", f"{report.phases_ms.get(part, 0.0):.2f}")
+        table.add_section()
+    table.add_row("KV moved", byte_size(report.kv_bytes), style="bold")
+    table.add_row("transport", report.transport, style="bold")
+    table.add_row("prefill worker", report.prefill_worker)
+    table.add_row("decode worker", report.decode_worker)
+    table.add_section()
+    table.add_row("prompt tokens", str(usage.prompt_tokens))
+    table.add_row("  of a cached prefix", str(usage.cached_tokens))
+    table.add_row("completion tokens", str(usage.completion_tokens))
+    return table
+
+
+def workers_table(info: ServerInfo) -> Table:
+    """A router's workers, one a row."""
+    table = Table(title=f"baton {info.version}, protocol {info.protocol_version}")
+    for heading in ("worker", "role", "state", "address", "pid", "engine", "transports"):
+        table.add_column(heading)
+    for heading in ("running", "waiting", "free", "cached", "held", "in use", "pages"):
+        table.add_column(heading, justify="right")
+    for worker in info.workers:
+        pages = worker.pages
+        table.add_row(
+            worker.id,
+            worker.role,
+            worker.state,
+            worker.address,
+            str(worker.pid),
+            " ".join(map(str, worker.engine_pids)),
+            " ".join(worker.transports),
+            str(worker.running),
+            str(worker.waiting),
+            *(str(pages[count]) for count in ("free", "cached", "held", "in_use", "total")),
+        )
+    return table
+
+
+def byte_size(count: int) -> str:
+    """1536 → '1.5 KiB (1,536 bytes)'."""
+    size = float(count)
+    unit = 0
+    while size >= 1024 and unit < len(UNITS) - 1:
+        size /= 1024
+        unit += 1
+    return f"{count:,} bytes" if unit == 0 else f"{size:.1f} {UNITS[unit]} ({count:,} bytes)"
+
+
+def show(table: Table, *, stderr: bool = False) -> None:
+    """Prints a table; into a pipe or file, wide enough that no cell is cut."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, width=200)
+    console.print(table)
