@@ -1,0 +1,56 @@
+"""The invariant of section 8, asked of one scheduler: each page, row and lock has its owner."""
+
+from engine.memory.audit import (
+    MemoryInvariantError,
+    PageAudit,
+    RowCounts,
+    audit_pages,
+    count_rows,
+)
+from engine.memory.pools import MemoryPools
+from engine.scheduler.lifecycle import RequestLifecycle
+from engine.scheduler.role import SchedulerRole
+
+
+class MemoryBalance:
+    """Collects the owners; asked between two steps only."""
+
+    def __init__(
+        self, lifecycle: RequestLifecycle, memory: MemoryPools, role: SchedulerRole
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._memory = memory
+        self._role = role
+
+    def audit(self) -> PageAudit:
+        """Looks at every page."""
+        owners = list(self._role.page_owners())
+        return audit_pages(
+            allocator=self._memory.allocator,
+            tree_cache=self._memory.tree_cache,
+            request_pages=(req.pages for req in self._lifecycle.live.values()),
+            other_in_use=[pages for kind, pages in owners if kind == "in_use"],
+            held=[
+                *(pages for kind, pages in owners if kind == "held"),
+                *(req.pages for req in self._lifecycle.held),
+            ],
+        )
+
+    def row_counts(self) -> RowCounts:
+        """Raises `MemoryInvariantError` for a row without an owner, or with two."""
+        rows = (req.req_pool_idx for req in self._lifecycle.live.values())
+        return count_rows(
+            req_to_token=self._memory.req_to_token, in_use=[r for r in rows if r is not None]
+        )
+
+    def check(self) -> None:
+        """Raises `MemoryInvariantError` if a page, a row or a lock is not accounted for."""
+        self.audit().raise_if_broken()
+        self.row_counts()
+        tree = self._memory.tree_cache
+        counted = tree.evictable_size() + tree.protected_size()
+        if counted != tree.total_pages() * tree.page_size:
+            raise MemoryInvariantError(
+                f"the tree counts {counted} tokens and holds {tree.total_pages()} pages\n"
+                f"{tree.pretty_print()}"
+            )

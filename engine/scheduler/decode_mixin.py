@@ -1,0 +1,63 @@
+"""How requests whose KV arrived by transfer enter a batch (seed section 4, the decode mixin).
+
+They join as if their extend had run here: rows, pages and lengths are described, the first token
+is seeded, the tree learns the prompt. No forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from engine.errors import EngineError
+from engine.execution.forward_batch import ForwardMode
+from engine.memory.req_to_token import page_slots
+from engine.scheduler.sampling_state import SamplingState
+
+if TYPE_CHECKING:
+    from engine.scheduler.schedule_batch import ScheduleBatch
+
+
+class ScheduleBatchDisaggregationDecodeMixin:
+    """The part of `ScheduleBatch` that only decode workers use; mixed into that class alone."""
+
+    def prepare_for_prebuilt(self) -> None:
+        """Gives each request a row over the pages it brings; their KV holds all tokens so far.
+
+        Raises `OutOfMemoryError` where rows are short, with nothing taken.
+        """
+        batch = cast("ScheduleBatch", self)
+        batch.forward_mode = ForwardMode.PREBUILT
+        rows = batch.alloc_req_slots(len(batch.reqs))
+        last_slots: list[int] = []
+        for req, row in zip(batch.reqs, rows, strict=True):
+            if req.kv_committed_len != req.seqlen:
+                raise EngineError(
+                    f"request {req.rid}: KV of {req.kv_committed_len} tokens came for {req.seqlen}"
+                )
+            req.req_pool_idx = row
+            req.prefix_len, req.extend_input_len = 0, req.seqlen
+            slots = page_slots(req.pages, batch.page_size, 0, req.seqlen)
+            batch.req_to_token_pool.write(row, 0, slots)
+            last_slots.append(int(slots[-1]))
+        batch.prefix_lens = [0] * len(batch.reqs)
+        batch.extend_lens = [req.seqlen for req in batch.reqs]
+        batch.extend_num_tokens = 0
+        batch.describe_rows(rows, [req.kv_committed_len for req in batch.reqs])
+        batch.last_loc = torch.tensor(last_slots, dtype=torch.int64, device=batch.device)
+        batch.sampling = SamplingState.of(batch.reqs, batch.device)
+
+    def process_prebuilt(self, first_tokens: Sequence[int]) -> None:
+        """Seeds the first tokens, which the client has from the prefill worker, and gives the
+        prompts' whole pages to the tree. Each request advances by its first token exactly once.
+
+        A page of the tree may take the place of one that arrived; `last_loc` need not follow, as
+        only a full page is replaced and the token after it opens a new one.
+        """
+        batch = cast("ScheduleBatch", self)
+        for req, token in zip(batch.reqs, first_tokens, strict=True):
+            req.append_output(token, None)
+            batch.tree_cache.cache_unfinished_req(req)
+        batch.output_ids = torch.tensor(list(first_tokens), dtype=torch.int64, device=batch.device)

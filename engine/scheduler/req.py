@@ -1,0 +1,213 @@
+"""One request inside the engine: its tokens, the KV it owns, and why it ended."""
+
+import time
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+
+from engine.memory.prefix_cache import BasePrefixCache, TreeNode
+from engine.sampling_params import SamplingParams
+from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
+from engine.types import RequestId
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    """A stop token or the model's end of sequence."""
+    LENGTH = "length"
+    """max_new_tokens, or the end of the context."""
+    ABORT = "abort"
+    """The client or a peer gave it up."""
+    ERROR = "error"
+    """Ended by the engine; an `EngineError` says why."""
+
+
+class RequestPhase(Enum):
+    """Where a live request is; each is owned by one list of the scheduler."""
+
+    WAITING = auto()
+    """No pages, no row (also after a retraction)."""
+    CHUNKED = auto()
+    """Part of the prompt is computed; at most one request at a time."""
+    RUNNING = auto()
+    """In a batch: its prompt's last part, or decode."""
+    PREBUILT = auto()
+    """KV arrived by transfer; joins the running batch on the next pass."""
+    TRANSFERRING = auto()
+    """Prompt done on a prefill-only worker; keeps row and pages until the role lets go."""
+    HELD = auto()
+    """Ended, but somebody still reads its pages."""
+    ENDED = auto()
+    """Owns nothing any more."""
+
+
+class Req:
+    """A request. Two are equal only if they are the same object.
+
+    Tokens are `origin_input_ids` (the prompt) then `output_ids`; an output's index counts from the
+    prompt's end, replayed tokens included, so that sampling noise and the client see the same
+    positions however often the request has moved. KV exists for the first `kv_committed_len`
+    tokens, in `pages`; the KV of the last drawn token does not exist until it has been an input.
+    """
+
+    def __init__(
+        self,
+        rid: RequestId,
+        origin_input_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        prior_output_ids: Sequence[int] = (),
+        priority: int = 0,
+        extra_key: str = "",
+        t_arrival: float | None = None,
+    ) -> None:
+        """`prior_output_ids`: tokens that the client has from an earlier attempt. `extra_key`: name
+        space of the prefix cache (LoRA id, cache salt). `t_arrival`: `time.monotonic()` seconds.
+        """
+        self.rid = rid
+        self.origin_input_ids = list(origin_input_ids)
+        self.output_ids = list(prior_output_ids)
+        self.prior_output_len = len(self.output_ids)
+        """Leading outputs that an earlier attempt produced."""
+        self.sampling_params = sampling_params
+        self.stop_token_ids = sampling_params.stop_token_ids
+        if not sampling_params.ignore_eos:
+            self.stop_token_ids = self.stop_token_ids | frozenset(eos_token_ids)
+        self.max_new_tokens = sampling_params.max_new_tokens
+        """All outputs, replayed ones included; the scheduler lowers it to the context's end."""
+        self.priority = priority
+        self.extra_key = extra_key
+
+        self.phase = RequestPhase.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_token: int | None = None
+        self.logprobs: list[float] = []
+        """Natural-log probability of each output drawn here, if wanted; prior ones have none."""
+        self.retraction_count = 0
+
+        self.req_pool_idx: int | None = None
+        self.pages: list[int] = []
+        """KV pages in order of position; those of the first `tree_len` tokens are the tree's."""
+        self.last_node: TreeNode | None = None
+        """The tree node this request locks; None: it locks nothing."""
+        self.tree_len = 0
+        """Tokens in pages that belong to the prefix tree; whole pages."""
+        self.kv_committed_len = 0
+        """Tokens whose KV exists, or is written by the step that was launched last."""
+        self.prefix_len = 0
+        """Tokens whose KV existed before the current extend."""
+        self.extend_input_len = 0
+        """Input tokens of the current extend."""
+        self.cached_tokens = 0
+        """Prompt tokens that came from the prefix cache when it was first admitted."""
+
+        self.t_arrival = time.monotonic() if t_arrival is None else t_arrival
+        """`time.monotonic()` seconds, like the other stamps; 0.0: not yet."""
+        self.t_first_forward = 0.0
+        self.t_first_token = 0.0
+        self.t_first_decode = 0.0
+        """When its first decode step was prepared here."""
+        self.arrival_order = 0
+        """Set by the scheduler: breaks ties of arrival."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Req({self.rid!r}, {self.phase.name}, prompt={self.prompt_len}, "
+            f"out={len(self.output_ids)}, kv={self.kv_committed_len})"
+        )
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.origin_input_ids)
+
+    @property
+    def seqlen(self) -> int:
+        """Prompt and output so far."""
+        return len(self.origin_input_ids) + len(self.output_ids)
+
+    @property
+    def fill_ids(self) -> list[int]:
+        """All tokens so far: what an extend must have KV for."""
+        return self.origin_input_ids + self.output_ids
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def remaining_new_tokens(self) -> int:
+        return self.max_new_tokens - len(self.output_ids)
+
+    @property
+    def clipped_new_tokens(self) -> int:
+        """Tokens it may still produce, as far as estimates of memory count them."""
+        return max(0, min(self.remaining_new_tokens, CLIP_MAX_NEW_TOKENS))
+
+    @property
+    def prompt_done(self) -> bool:
+        """Whether the current extend reaches the last token known."""
+        return self.prefix_len + self.extend_input_len == self.seqlen
+
+    def token_ids(self, end: int) -> list[int]:
+        """The first `end` tokens of prompt and output."""
+        if end <= len(self.origin_input_ids):
+            return self.origin_input_ids[:end]
+        return self.origin_input_ids + self.output_ids[: end - len(self.origin_input_ids)]
+
+    def input_ids(self, start: int, end: int) -> list[int]:
+        """Tokens of positions `start .. end - 1`."""
+        return self.token_ids(end)[start:]
+
+    def init_next_round_input(self, tree_cache: BasePrefixCache | None = None) -> None:
+        """Describes the next extend: everything that has no KV yet.
+
+        With a tree, the request owns nothing yet: takes the longest cached prefix of all but the
+        last token, which must be an input to draw from. The match is not locked: `drop_match`
+        unless it is locked before anything may evict.
+        """
+        if tree_cache is not None:
+            match = tree_cache.match_prefix(self.token_ids(self.seqlen - 1), self.extra_key)
+            self.pages = list(match.pages)
+            self.last_node = match.last_node
+            self.tree_len = self.kv_committed_len = len(match.pages) * tree_cache.page_size
+        self.prefix_len = self.kv_committed_len
+        self.extend_input_len = self.seqlen - self.prefix_len
+
+    def begin_extend(self) -> None:
+        """Called when an extend that was admitted is about to run."""
+        self.phase = RequestPhase.RUNNING
+        if self.t_first_forward == 0.0:
+            self.t_first_forward = time.monotonic()
+            self.cached_tokens = self.prefix_len
+
+    def drop_match(self) -> None:
+        """Forgets a match that was not locked."""
+        self.pages = []
+        self.last_node = None
+        self.tree_len = self.kv_committed_len = self.prefix_len = self.extend_input_len = 0
+
+    def append_output(self, token: int, logprob: float | None) -> None:
+        """Takes the token drawn after the last one, and sees whether it ends the request."""
+        self.output_ids.append(token)
+        if self.t_first_token == 0.0:
+            self.t_first_token = time.monotonic()
+        if logprob is not None and self.sampling_params.logprobs:
+            self.logprobs.append(logprob)
+        self.check_finished()
+
+    def check_finished(self) -> None:
+        """Sets the reason if the last output ends the request. A stop token counts before the
+        length, as a client that sees both wants to know that the text is complete.
+        """
+        if self.finished() or not self.output_ids:
+            return
+        if self.output_ids[-1] in self.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+            self.stop_token = self.output_ids[-1]
+        elif len(self.output_ids) >= self.max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def reset_for_retract(self) -> None:
+        """Back to the queue: pages and row were given back, tokens stay."""
+        self.retraction_count += 1
+        self.phase = RequestPhase.WAITING
+        self.drop_match()

@@ -1,0 +1,70 @@
+"""What a worker's role adds to the scheduler: hooks, all optional.
+
+The scheduler knows no network. A prefill role sends pages from `on_extend_result`, a decode role
+feeds `Scheduler.add_prebuilt` from `poll`; the scheduler calls both at fixed places of its pass,
+on its own thread, and never waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from engine.scheduler.admission import Promise
+    from engine.scheduler.req import Req
+    from engine.scheduler.scheduler import Scheduler
+
+OwnerKind = Literal["in_use", "held"]
+
+
+class SchedulerRole:
+    """A role without transfers: prefill and decode on one engine."""
+
+    decodes: bool = True
+    """False: a prefill-only worker. A request whose prompt is done and that is not finished leaves
+    the batch for `Scheduler.transferring`, with row and pages, until `release_request`."""
+
+    scheduler: Scheduler
+    """Set by `attach`."""
+
+    def attach(self, scheduler: Scheduler) -> None:
+        """Called once, at the end of the scheduler's construction."""
+        self.scheduler = scheduler
+
+    def poll(self) -> None:
+        """Called at the start of every pass, whatever waits. May call `add_request`,
+        `abort_request`, `add_prebuilt` and `release_request`; must not block."""
+
+    def on_extend_result(
+        self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
+    ) -> None:
+        """Called after each extend of a request, before anything else happens to it: the KV of its
+        first `req.kv_committed_len` tokens is computed, in `scheduler.request_pages(req)`.
+        `prompt_done`: `token` was drawn, and `req.finished()` says whether it was the last one.
+        Also called for prompts that are computed again after a retraction. May call
+        `abort_request`, for this request or others.
+        """
+
+    def on_request_aborted(self, req: Req) -> None:
+        """Called when a request ends without being finished (`abort_request`, or an error of the
+        engine), before its pages are given back."""
+
+    def retain_pages(self, req: Req) -> bool:
+        """Asked when a request has ended (finished, aborted, failed), before its pages are given
+        back. True: somebody still reads them; they count as held until `release_request`."""
+        return False
+
+    def page_owners(self) -> Iterable[tuple[OwnerKind, Sequence[int]]]:
+        """Asked by the audit: pages that the role owns and no request of the scheduler does, such
+        as those of tickets (in use) or in quarantine (held)."""
+        return ()
+
+    def promises(self) -> Iterable[Promise]:
+        """Asked in every pass: tickets that were granted and have not joined; the scheduler admits
+        nothing into what they will take."""
+        return ()
+
+    def has_work(self) -> bool:
+        """Whether `poll` must be called soon although nothing is scheduled."""
+        return False

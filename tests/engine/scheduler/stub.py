@@ -1,0 +1,204 @@
+"""A runner whose tokens prove that the scheduler's bookkeeping is right.
+
+It keeps a 'KV' of its own (slot → token id and position), writes the inputs where it is told, and
+draws each next token as a hash of everything it can gather through the request-to-token table. A
+wrong slot, length, prefix or page changes a token.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from engine.execution.forward_batch import ForwardBatch, ForwardMode, ForwardResult
+from engine.memory.pools import MemoryPools, make_memory_pools
+from engine.sampling_params import SamplingParams
+from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.req import Req
+from engine.scheduler.role import SchedulerRole
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.step_result import StepResult, TokenOutput
+from engine.types import RequestId
+
+VOCAB = 40
+EOS = 0
+CONTEXT = 96
+
+
+def next_token(tokens: Sequence[int], seed: int = 0) -> int:
+    """What the stub draws after `tokens`."""
+    digest = hashlib.blake2b(bytes([seed % 251, *tokens]), digest_size=2).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def undisturbed(req: Req) -> list[int]:
+    """Outputs of a run of `req` alone; the same rules for its end, written once more."""
+    params, tokens = req.sampling_params, list(req.origin_input_ids)
+    outputs: list[int] = []
+    while True:
+        outputs.append(next_token(tokens + outputs, params.seed))
+        stops = params.stop_token_ids | (set() if params.ignore_eos else {EOS})
+        if (
+            outputs[-1] in stops
+            or len(outputs) >= params.max_new_tokens
+            or len(tokens) + len(outputs) >= CONTEXT
+        ):
+            return outputs
+
+
+class StubRunner:
+    """Implements `BatchRunner` on lists."""
+
+    def __init__(self, memory: MemoryPools) -> None:
+        tokens = memory.allocator.total_tokens
+        self.kv_token = torch.full((tokens,), -1)
+        self.kv_position = torch.full((tokens,), -1)
+        self.forwards: list[tuple[ForwardMode, list[int]]] = []
+
+    def forward(self, batch: ForwardBatch) -> ForwardResult:
+        b = len(batch.seq_lens_cpu)
+        assert batch.seq_lens.tolist() == batch.seq_lens_cpu
+        assert batch.sampling.position.tolist() == batch.seq_lens_cpu
+        assert sum(batch.extend_lens) == batch.input_ids.numel() == batch.out_cache_loc.numel()
+        assert batch.input_ids.dtype == batch.out_cache_loc.dtype == torch.int64
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            assert getattr(batch.sampling, name).shape == (b,)
+        expected_positions = [
+            position
+            for prefix, extend in zip(batch.extend_prefix_lens, batch.extend_lens, strict=True)
+            for position in range(prefix, prefix + extend)
+        ]
+        assert batch.positions.tolist() == expected_positions
+        slots = batch.out_cache_loc.tolist()
+        assert len(set(slots)) == len(slots)
+        self.kv_token[batch.out_cache_loc] = batch.input_ids
+        self.kv_position[batch.out_cache_loc] = batch.positions
+        drawn: list[int] = []
+        rows = batch.req_pool_indices.tolist()
+        assert len(set(rows)) == b
+        for row, length, seed in zip(
+            rows, batch.seq_lens_cpu, batch.sampling.seed.tolist(), strict=True
+        ):
+            where = batch.req_to_token[row, :length].long()
+            assert self.kv_position[where].tolist() == list(range(length))
+            drawn.append(next_token(self.kv_token[where].tolist(), seed))
+        self.forwards.append((batch.forward_mode, list(batch.extend_lens)))
+        logprobs = None
+        if batch.sampling.any_logprobs:
+            logprobs = torch.tensor([-float(token) for token in drawn])
+        return ForwardResult(torch.tensor(drawn, dtype=torch.int64), logprobs)
+
+
+def make_req(
+    rid: str,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 4,
+    ignore_eos: bool = True,
+    seed: int = 0,
+    logprobs: bool = False,
+    stop_token_ids: frozenset[int] = frozenset(),
+    prior: Sequence[int] = (),
+    priority: int = 0,
+) -> Req:
+    return Req(
+        RequestId(rid),
+        prompt,
+        SamplingParams(
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            seed=seed,
+            logprobs=logprobs,
+            stop_token_ids=stop_token_ids,
+        ),
+        eos_token_ids=[EOS],
+        prior_output_ids=prior,
+        priority=priority,
+    )
+
+
+class Engine:
+    """A scheduler over small pools, and what came out of it."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 32,
+        page_size: int = 4,
+        rows: int = 8,
+        radix: bool = True,
+        role: SchedulerRole | None = None,
+        chunked_prefill_size: int | None = 16,
+        max_prefill_tokens: int = 64,
+        mixed: bool = False,
+        max_running_requests: int = 8,
+        max_queued_requests: int = 64,
+        priorities: bool = False,
+        conservativeness: float = 1.0,
+    ) -> None:
+        self.memory = make_memory_pools(
+            num_pages=pages,
+            page_size=page_size,
+            num_rows=rows,
+            max_context_len=CONTEXT,
+            enable_radix_cache=radix,
+        )
+        self.runner = StubRunner(self.memory)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                page_size=page_size,
+                context_length=CONTEXT,
+                vocab_size=VOCAB,
+                chunked_prefill_size=chunked_prefill_size,
+                max_prefill_tokens=max_prefill_tokens,
+                max_running_requests=max_running_requests,
+                max_queued_requests=max_queued_requests,
+                enable_mixed_chunk=mixed,
+                enable_priority_scheduling=priorities,
+                schedule_conservativeness=conservativeness,
+                decode_reserve_tokens=8,
+            ),
+            self.runner,
+            self.memory,
+            role,
+        )
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.errors: dict[str, Exception] = {}
+        self.aborted: list[str] = []
+        self.released: list[str] = []
+
+    def add(self, *reqs: Req) -> None:
+        for req in reqs:
+            self.scheduler.add_request(req)
+
+    def step(self) -> StepResult:
+        """One pass, with the invariant behind it."""
+        result = self.scheduler.step()
+        for output in result.outputs:
+            self.outputs.setdefault(output.rid, []).append(output)
+        self.errors.update(result.errors)
+        self.aborted.extend(result.aborted)
+        self.released.extend(result.released)
+        self.scheduler.check_invariant()
+        return result
+
+    def drain(self, max_passes: int = 500) -> None:
+        """Passes until nothing is left to do."""
+        for _ in range(max_passes):
+            if not self.scheduler.has_work():
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_passes} passes: {self.scheduler.__dict__}")
+
+    def tokens(self, rid: str) -> list[int]:
+        """Tokens of `rid`, after a look at their indices."""
+        outputs = self.outputs.get(rid, [])
+        if outputs:
+            first = outputs[0].index
+            assert [o.index for o in outputs] == list(range(first, first + len(outputs)))
+            assert all(o.finish_reason is None for o in outputs[:-1])
+        return [output.token for output in outputs]
+
+    @property
+    def modes(self) -> list[ForwardMode]:
+        return [mode for mode, _ in self.runner.forwards]
