@@ -5,11 +5,11 @@ their very edge; nothing in between invents a status.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from http import HTTPStatus
 
 
-class ErrorCode(str, Enum):
+class ErrorCode(StrEnum):
     """Names as in worker.proto's ErrorCode and in gRPC's status codes."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"

@@ -95,14 +95,14 @@ class EngineFailed(_message.Message):
     def __init__(self, error: _Optional[_Union[_worker_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class PeerConnected(_message.Message):
-    __slots__ = ("info", "transport", "same_host")
+    __slots__ = ("info", "transport", "offer")
     INFO_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
     info: _kv_pb2.ConnectInfo
     transport: str
-    same_host: bool
-    def __init__(self, info: _Optional[_Union[_kv_pb2.ConnectInfo, _Mapping]] = ..., transport: _Optional[str] = ..., same_host: _Optional[bool] = ...) -> None: ...
+    offer: bytes
+    def __init__(self, info: _Optional[_Union[_kv_pb2.ConnectInfo, _Mapping]] = ..., transport: _Optional[str] = ..., offer: _Optional[bytes] = ...) -> None: ...
 
 class PeerAttached(_message.Message):
     __slots__ = ("instance_id", "ok", "reason")

@@ -185,14 +185,16 @@ class TransferComplete(_message.Message):
     def __init__(self, total_pages: _Optional[int] = ..., first_token: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class TransferFailed(_message.Message):
-    __slots__ = ("failure", "detail", "quiesced")
+    __slots__ = ("failure", "detail", "quiesced", "from_writer")
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     QUIESCED_FIELD_NUMBER: _ClassVar[int]
+    FROM_WRITER_FIELD_NUMBER: _ClassVar[int]
     failure: TransferFailure
     detail: str
     quiesced: bool
-    def __init__(self, failure: _Optional[_Union[TransferFailure, str]] = ..., detail: _Optional[str] = ..., quiesced: _Optional[bool] = ...) -> None: ...
+    from_writer: bool
+    def __init__(self, failure: _Optional[_Union[TransferFailure, str]] = ..., detail: _Optional[str] = ..., quiesced: _Optional[bool] = ..., from_writer: _Optional[bool] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("slots",)

@@ -1,0 +1,276 @@
+"""The transfer agent: what a role holds.
+
+The scheduler's thread calls the methods below; each only appends to a queue (or, for `grant`,
+touches the window's books) and returns. The transfer thread does the work, and its events go back
+through a queue that the scheduler empties once a step: the scheduler never waits for I/O and
+never touches a transport.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvtransfer.errors import DuplicateTransferError
+from kvtransfer.events import (
+    KvEvent,
+    PagesLanded,
+    SourceReleased,
+    TransferCompleted,
+    TransferFailedEvent,
+)
+from kvtransfer.layout import PageLayout
+from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from kvtransfer.states import TransferFailure
+from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.transfer_thread import TransferThread
+from kvtransfer.transport import Transport
+from kvtransfer.window import LandingWindow, SlotCounts
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """A moment's figures, for metrics and the workers' list."""
+
+    sending: int
+    receiving: int
+    bytes_sent: int
+    bytes_received: int
+    failures: Mapping[str, int]
+    """Failed transfers by cause."""
+    dropped: Mapping[str, int]
+    """Messages that were late, repeated or not allowed, by cause."""
+    slots: SlotCounts
+    held_source_pages: int
+    peers: int
+
+
+class TransferAgent:
+    """Everything that moves KV of one engine process. All methods but those marked otherwise are
+    called by the scheduler's thread."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        layout: PageLayout,
+        transports: Mapping[str, Transport],
+        pool: torch.Tensor | None,
+        window: LandingWindow | None,
+        verify: bool = True,
+        lease_s: float = 30.0,
+        wake: Callable[[], None] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
+        `window`: where incoming ones land (None: only sends). `wake` is called from the transfer
+        thread when events wait, so that an idle scheduler looks at them."""
+        self._window = window
+        self._wake_scheduler = wake
+        self._events: deque[KvEvent] = deque()
+        links = PeerLinks()
+        sender = Sender(
+            instance_id=instance_id,
+            layout=layout,
+            pool=pool,
+            links=links,
+            emit=self._emit,
+            clock=clock,
+            verify=verify,
+        )
+        self._receiver = Receiver(
+            instance_id=instance_id,
+            layout=layout,
+            window=window,
+            links=links,
+            emit=self._emit,
+            clock=clock,
+            lease_s=lease_s,
+        )
+        self._offers = {name: transport.local_offer() for name, transport in transports.items()}
+        memory = pool if pool is not None or window is None else window.memory
+        self.thread = TransferThread(
+            transports=transports,
+            links=links,
+            sender=sender,
+            receiver=self._receiver,
+            emit=self._emit,
+            clock=clock,
+            device=memory.device if memory is not None else None,
+        )
+        self._failures: Counter[str] = Counter()
+        self._held: dict[str, list[int]] = {}
+        self._receiving: dict[str, int] = {}
+        """Request -> ticket of incoming transfers, as the role knows them."""
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the transfer thread."""
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stops the thread and closes the transports. Unfinished transfers get no events: settle
+        them first (drain)."""
+        self.thread.stop()
+
+    def local_offers(self) -> dict[str, bytes]:
+        """What peers need to connect here, by transport, in the given order."""
+        return dict(self._offers)
+
+    # ---- peers ----------------------------------------------------------------------------------
+
+    def peer_connected(self, peer: str, transport: str, offer: bytes) -> None:
+        """The fronts have agreed on `transport`; answered by PeerAttached."""
+        self.thread.do(lambda: self.thread.attach(peer, transport, offer))
+
+    def peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:
+        """The session has ended, or fell silent. May be called again once death is proven (the
+        process has exited): that frees what was kept for a silent peer."""
+        self.thread.do(lambda: self.thread.detach(peer, reason, proven_dead=proven_dead))
+
+    # ---- prefill --------------------------------------------------------------------------------
+
+    def open(self, ticket: Ticket) -> None:
+        """Call when the ticket arrives. Raises DuplicateTransferError while an earlier transfer of
+        the request still holds source pages."""
+        if ticket.request_id in self._held:
+            raise DuplicateTransferError(f"request {ticket.request_id} is being sent already")
+        self._held[ticket.request_id] = []
+        self.thread.do(lambda: self.thread.sender.open(ticket))
+
+    def push(self, request_id: str, pages: Sequence[SourcePage]) -> None:
+        """Hands over pages whose KV is final; the step that computed them must have ended. They
+        are held until SourceReleased, or TransferFailedEvent with `quiesced`. Pages pushed after
+        that are ignored, and not held."""
+        held = self._held.get(request_id)
+        if held is None:
+            return
+        held.extend(page.page for page in pages)
+        copy = list(pages)
+        self.thread.do(lambda: self.thread.sender.push(request_id, copy))
+
+    def complete(self, request_id: str, first_token: int) -> None:
+        """All pages were pushed, and this is the first token."""
+        self.thread.do(lambda: self.thread.sender.complete(request_id, first_token))
+
+    def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
+        """Gives an outgoing transfer up; TransferFailedEvent follows as for any failure."""
+        self.thread.do(lambda: self.thread.sender.abort(request_id, failure, detail))
+
+    def held_pages(self) -> dict[str, list[int]]:
+        """Source pages that transfers own, by request: never free, evict or rewrite them."""
+        return {request: list(pages) for request, pages in self._held.items()}
+
+    # ---- decode ---------------------------------------------------------------------------------
+
+    def grant(
+        self,
+        *,
+        request_id: str,
+        writer: str,
+        total_pages: int,
+        total_tokens: int,
+        prefix_len: int,
+        token_hash: bytes,
+        chain_hashes: Sequence[bytes] = (),
+    ) -> Ticket:
+        """See `Receiver.grant`; answers at once."""
+        if request_id in self._receiving:
+            raise DuplicateTransferError(f"request {request_id} is being received already")
+        ticket = self._receiver.grant(
+            request_id=request_id,
+            writer=writer,
+            total_pages=total_pages,
+            total_tokens=total_tokens,
+            prefix_len=prefix_len,
+            token_hash=token_hash,
+            chain_hashes=chain_hashes,
+        )
+        self._receiving[request_id] = ticket.ticket_id
+        self.thread.wake()
+        return ticket
+
+    def accept(self, request_id: str, positions: Sequence[int]) -> None:
+        """Landed pages were copied, verified and published."""
+        ticket_id = self._receiving.get(request_id)
+        if ticket_id is not None:
+            copy = list(positions)
+            self.thread.do(lambda: self._receiver.accept(ticket_id, copy))
+
+    def reject(self, request_id: str, detail: str) -> None:
+        """A landed page does not match its seal: fails on both sides; no event follows here."""
+        ticket_id = self._receiving.pop(request_id, None)
+        if ticket_id is not None:
+            self._failures[TransferFailure.MISMATCH.name.lower()] += 1
+            self.thread.do(lambda: self._receiver.reject(ticket_id, detail))
+
+    def release(
+        self,
+        request_id: str,
+        failure: TransferFailure = TransferFailure.ABORTED,
+        detail: str = "the request was withdrawn",
+    ) -> None:
+        """Withdraws an incoming transfer; no event follows."""
+        ticket_id = self._receiving.pop(request_id, None)
+        if ticket_id is not None:
+            self.thread.do(lambda: self._receiver.release(ticket_id, failure, detail))
+
+    # ---- events and figures ---------------------------------------------------------------------
+
+    def poll_events(self) -> list[KvEvent]:
+        """What happened since the last call; never waits. Ownership changes hands here: what is
+        held is held until its event was returned. Events of a withdrawn or rejected incoming
+        transfer are left out."""
+        events: list[KvEvent] = []
+        while self._events:
+            event = self._events.popleft()
+            if self._settle(event):
+                events.append(event)
+        return events
+
+    def _settle(self, event: KvEvent) -> bool:
+        match event:
+            case SourceReleased():
+                self._held.pop(event.request_id, None)
+            case TransferFailedEvent():
+                received = self._receiving.get(event.request_id) == event.ticket_id
+                if received:
+                    del self._receiving[event.request_id]
+                elif event.request_id not in self._held:
+                    return False
+                elif event.quiesced:
+                    del self._held[event.request_id]
+                if event.quiesced:
+                    self._failures[event.failure.name.lower()] += 1
+            case PagesLanded():
+                return self._receiving.get(event.request_id) == event.ticket_id
+            case TransferCompleted():
+                if self._receiving.get(event.request_id) != event.ticket_id:
+                    return False
+                del self._receiving[event.request_id]
+        return True
+
+    def stats(self) -> TransferStats:
+        """Any thread, for reading only."""
+        none = SlotCounts(0, 0, 0, 0)
+        return TransferStats(
+            sending=self.thread.sender.active,
+            receiving=self._receiver.active,
+            bytes_sent=self.thread.sender.bytes_sent,
+            bytes_received=self._receiver.bytes_received,
+            failures=dict(self._failures),
+            dropped=dict(self.thread.links.dropped),
+            slots=self._window.counts() if self._window is not None else none,
+            held_source_pages=len({p for pages in list(self._held.values()) for p in pages}),
+            peers=len(self.thread.links.peers()),
+        )
+
+    def _emit(self, event: KvEvent) -> None:
+        self._events.append(event)
+        if self._wake_scheduler is not None:
+            self._wake_scheduler()

@@ -1,0 +1,91 @@
+"""What the transfer tells the role; read by the scheduler thread through `poll_events`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtransfer.states import TransferFailure
+from kvtransfer.ticket import LandedPage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesLanded:
+    """Decode: bytes lie in slots. Copy and digest them, then `accept` or `reject`."""
+
+    request_id: str
+    ticket_id: int
+    window: torch.Tensor
+    """[slots, page_bytes] uint8: the memory that `pages`' slots index."""
+    pages: tuple[LandedPage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCompleted:
+    """Decode: every page was accepted and the writer has stopped; the request may join."""
+
+    request_id: str
+    ticket_id: int
+    first_token: int
+    total_bytes: int
+    """KV bytes that travelled: whole pages."""
+    transport: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceReleased:
+    """Prefill: decode holds verified copies of every page; the source pages may go."""
+
+    request_id: str
+    total_bytes: int
+    transport: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailedEvent:
+    """The transfer failed.
+
+    Prefill gets it with `quiesced` False while writes still read the source pages, and then,
+    always, exactly once with `quiesced` True: only then may they go. Decode gets it once, always
+    quiesced, since nobody else writes to its pages.
+    """
+
+    request_id: str
+    ticket_id: int
+    failure: TransferFailure
+    detail: str
+    quiesced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAttached:
+    """Answer to `peer_connected`: whether the transport reaches the peer."""
+
+    peer: str
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDetached:
+    """The transport lost the peer; its transfers failed. The front should end the session."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferThreadFailed:
+    """The transfer thread stopped on an error of its own; the worker must not go on."""
+
+    detail: str
+
+
+KvEvent = (
+    PagesLanded
+    | TransferCompleted
+    | SourceReleased
+    | TransferFailedEvent
+    | PeerAttached
+    | PeerDetached
+    | TransferThreadFailed
+)

@@ -1,0 +1,237 @@
+"""A transport with scripted faults, for tests: an in-memory pair that is deterministic by seed.
+
+Time is counted in polls: every `poll` of a side delivers what is due for it. Bytes are read from
+the source when they are delivered, as a real remote write may do, so that a source page which is
+reused too early shows.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import ClassVar
+
+import torch
+
+from kvtransfer.errors import TransportError
+from kvtransfer.transport import (
+    MessageArrived,
+    PeerLost,
+    Transport,
+    TransportEvent,
+    WriteDone,
+    WriteFailed,
+    WriteId,
+)
+
+
+class FaultKind(Enum):
+    """What happens to one delivery (a write with its message, or a message alone)."""
+
+    DROP = auto()
+    """Neither bytes nor message arrive; a write is reported as done all the same."""
+    STALL = auto()
+    """Never arrives, and a write is never reported, until the peer is lost."""
+    DUPLICATE = auto()
+    """Bytes and message arrive twice, the second time later."""
+    REORDER = auto()
+    """Arrives after the delivery that follows it."""
+    DELAY = auto()
+    """Arrives `Fault.polls` polls later."""
+    CORRUPT = auto()
+    """One bit of the landed bytes is flipped."""
+    TRUNCATE = auto()
+    """Only the first half of each page's bytes arrives."""
+    FAIL = auto()
+    """The write is reported as failed after half of its bytes have landed."""
+    LOSE_PEER = auto()
+    """Both sides lose each other at this delivery; nothing under way arrives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Strikes the `nth` delivery (from 0) that `sender` starts."""
+
+    kind: FaultKind
+    sender: str
+    nth: int
+    polls: int = 5
+
+
+@dataclass(slots=True)
+class _Delivery:
+    origin: "FakeTransport"
+    target: str
+    copies: Sequence[tuple[int, int]]
+    message: bytes
+    write_id: WriteId | None
+    due: int
+    fault: FaultKind | None = None
+
+
+@dataclass(slots=True)
+class FakeNetwork:
+    """Joins `FakeTransport`s by their instance ids."""
+
+    seed: int = 0
+    faults: Sequence[Fault] = ()
+    members: dict[str, "FakeTransport"] = field(default_factory=dict)
+    started: dict[str, int] = field(default_factory=dict)
+    struck: list[Fault] = field(default_factory=list)
+    """Faults that found their delivery."""
+
+    def fault_for(self, sender: str) -> Fault | None:
+        nth = self.started.get(sender, 0)
+        self.started[sender] = nth + 1
+        for fault in self.faults:
+            if fault.sender == sender and fault.nth == nth:
+                self.struck.append(fault)
+                return fault
+        return None
+
+
+class FakeTransport(Transport):
+    """One side of the pair."""
+
+    name: ClassVar[str] = "fake"
+    polled: ClassVar[bool] = True
+    loss_ends_writes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        network: FakeNetwork,
+        pool: torch.Tensor | None,
+        landing: torch.Tensor | None,
+    ) -> None:
+        """`pool`: source pages; `landing`: what peers may write; [count, page_bytes] uint8."""
+        self.instance_id = instance_id
+        self.landing = landing
+        self._network = network
+        self._pool = pool
+        self._peers: set[str] = set()
+        self._inbox: list[_Delivery] = []
+        self._events: list[TransportEvent] = []
+        self._in_flight: dict[WriteId, str] = {}
+        self._next_write = 1
+        self._polls = 0
+        self._random = random.Random(f"{network.seed}/{instance_id}")
+        network.members[instance_id] = self
+
+    def bind(self, wake: Callable[[], None]) -> None:
+        """Nothing to wake for: events appear by polling."""
+
+    def local_offer(self) -> bytes:
+        return self.instance_id.encode()
+
+    def connect(self, peer: str, offer: bytes) -> None:
+        if offer.decode() != peer or peer not in self._network.members:
+            raise TransportError(f"no fake peer {peer}")
+        self._peers.add(peer)
+
+    def disconnect(self, peer: str) -> None:
+        self._peers.discard(peer)
+
+    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+        write_id = WriteId(self._next_write)
+        self._start(peer, tuple(copies), message, write_id)
+        self._next_write += 1
+        self._in_flight[write_id] = peer
+        return write_id
+
+    def send(self, peer: str, message: bytes) -> None:
+        self._start(peer, (), message, None)
+
+    def _start(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        write_id: WriteId | None,
+    ) -> None:
+        if peer not in self._peers:
+            raise TransportError(f"peer {peer} is not connected")
+        target = self._network.members[peer]
+        delivery = _Delivery(self, peer, copies, message, write_id, target._polls + 1)
+        fault = self._network.fault_for(self.instance_id)
+        if fault is not None:
+            delivery.fault = fault.kind
+        if delivery.fault is FaultKind.LOSE_PEER:
+            self._lose(target)
+        elif delivery.fault is FaultKind.DELAY and fault is not None:
+            delivery.due += fault.polls
+        elif delivery.fault is FaultKind.REORDER:
+            delivery.due += 2
+        target._inbox.append(delivery)
+
+    def _lose(self, other: "FakeTransport") -> None:
+        for here, there in ((self, other), (other, self)):
+            here._peers.discard(there.instance_id)
+            here._events.append(PeerLost(there.instance_id, "scripted loss"))
+
+    def poll(self) -> list[TransportEvent]:
+        self._polls += 1
+        due = [d for d in self._inbox if d.due <= self._polls]
+        self._inbox = [d for d in self._inbox if d.due > self._polls]
+        for delivery in due:
+            self._deliver(delivery)
+        events, self._events = self._events, []
+        return events
+
+    def _deliver(self, delivery: _Delivery) -> None:
+        if delivery.origin.instance_id not in self._peers or delivery.fault is FaultKind.LOSE_PEER:
+            delivery.origin._end(delivery.write_id, "peer lost")
+            return
+        match delivery.fault:
+            case FaultKind.STALL:
+                self._inbox.append(delivery)
+                delivery.due = self._polls + 1
+                return
+            case FaultKind.DROP:
+                delivery.origin._end(delivery.write_id, None)
+                return
+            case FaultKind.DUPLICATE:
+                again = _Delivery(
+                    delivery.origin,
+                    delivery.target,
+                    delivery.copies,
+                    delivery.message,
+                    None,
+                    self._polls + 3,
+                )
+                self._inbox.append(again)
+        self._land(delivery)
+        if delivery.fault is FaultKind.FAIL and delivery.write_id is not None:
+            delivery.origin._end(delivery.write_id, "scripted failure")
+            return
+        self._events.append(MessageArrived(delivery.origin.instance_id, delivery.message))
+        delivery.origin._end(delivery.write_id, None)
+
+    def _land(self, delivery: _Delivery) -> None:
+        pool = delivery.origin._pool
+        if not delivery.copies or pool is None or self.landing is None:
+            return
+        size = int(self.landing.shape[1])
+        if delivery.fault in (FaultKind.TRUNCATE, FaultKind.FAIL):
+            size //= 2
+        for page, slot in delivery.copies:
+            self.landing[slot, :size].copy_(pool[page, :size])
+        if delivery.fault is FaultKind.CORRUPT:
+            _, slot = delivery.copies[self._random.randrange(len(delivery.copies))]
+            byte = self._random.randrange(size)
+            self.landing[slot, byte] ^= 1 << self._random.randrange(8)
+
+    def _end(self, write_id: WriteId | None, failure: str | None) -> None:
+        if write_id is None or self._in_flight.pop(write_id, None) is None:
+            return
+        if failure is None:
+            self._events.append(WriteDone(write_id))
+        else:
+            self._events.append(WriteFailed(write_id, failure))
+
+    def busy(self) -> bool:
+        return bool(self._in_flight)
+
+    def close(self) -> None:
+        self._network.members.pop(self.instance_id, None)

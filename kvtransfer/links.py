@@ -1,0 +1,60 @@
+"""Which transport joins this worker with which peer."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from kvtransfer.errors import TransportError, UnknownPeerError
+from kvtransfer.transport import Transport
+from protos.baton.v1 import kv_pb2
+
+Clock = Callable[[], float]
+"""Monotonic seconds."""
+
+
+class PeerLinks:
+    """Peers attached at the moment. Changed by the transfer thread alone; reads from other
+    threads see a consistent entry."""
+
+    def __init__(self) -> None:
+        self._transports: dict[str, Transport] = {}
+        self.dropped: Counter[str] = Counter()
+        """Messages that were late, repeated, malformed or not allowed, by cause."""
+
+    def attach(self, peer: str, transport: Transport) -> None:
+        self._transports[peer] = transport
+
+    def detach(self, peer: str) -> Transport | None:
+        """The transport that joined the peer, or None."""
+        return self._transports.pop(peer, None)
+
+    def get(self, peer: str) -> Transport | None:
+        return self._transports.get(peer)
+
+    def require(self, peer: str) -> Transport:
+        """Raises UnknownPeerError where the peer is not attached."""
+        transport = self._transports.get(peer)
+        if transport is None:
+            raise UnknownPeerError(
+                f"instance {peer} is not connected for KV transfer; it may have restarted"
+            )
+        return transport
+
+    def peers(self) -> list[str]:
+        return list(self._transports)
+
+    @property
+    def any_polled(self) -> bool:
+        """Whether some peer's messages appear only by polling."""
+        return any(transport.polled for transport in self._transports.values())
+
+    def send(self, peer: str, message: kv_pb2.KvMessage) -> bool:
+        """Sends if the peer is reachable. A failure is not an error here: the loss of the peer, or
+        the lease, ends what depends on the message."""
+        transport = self._transports.get(peer)
+        if transport is None:
+            return False
+        try:
+            transport.send(peer, message.SerializeToString())
+        except TransportError:
+            return False
+        return True

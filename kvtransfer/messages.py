@@ -1,0 +1,79 @@
+"""Making and matching the messages between the two sides of a transfer."""
+
+from collections.abc import Iterable
+
+from kvtransfer.states import TransferFailure
+from kvtransfer.ticket import SourcePage, Ticket
+from protos.baton.v1 import kv_pb2
+
+
+def about(ticket: Ticket) -> kv_pb2.KvMessage:
+    """A message that names the ticket and says nothing yet."""
+    return kv_pb2.KvMessage(
+        ticket_id=ticket.ticket_id, epoch=ticket.epoch, request_id=ticket.request_id
+    )
+
+
+def names(ticket: Ticket, message: kv_pb2.KvMessage) -> bool:
+    """Whether the message speaks of this very grant."""
+    return (
+        message.ticket_id == ticket.ticket_id
+        and message.epoch == ticket.epoch
+        and message.request_id == ticket.request_id
+    )
+
+
+def written(ticket: Ticket, pages: Iterable[tuple[SourcePage, int]]) -> kv_pb2.KvMessage:
+    """Announces (page, landing slot) pairs; without any, a sign of life."""
+    message = about(ticket)
+    message.written.SetInParent()
+    for page, slot in pages:
+        message.written.pages.add(
+            slot=slot,
+            position=page.position,
+            valid_tokens=page.valid_tokens,
+            seal=page.seal,
+            chain_hash=page.chain_hash,
+        )
+    return message
+
+
+def complete(ticket: Ticket, *, pages: int, page_bytes: int, first_token: int) -> kv_pb2.KvMessage:
+    """Everything was written; nothing will be any more."""
+    message = about(ticket)
+    message.complete.total_pages = pages
+    message.complete.total_bytes = pages * page_bytes
+    message.complete.first_token = first_token
+    return message
+
+
+def credit(ticket: Ticket, slots: Iterable[int]) -> kv_pb2.KvMessage:
+    """Slots that may be written (again)."""
+    message = about(ticket)
+    message.credit.slots.extend(slots)
+    return message
+
+
+def acknowledgement(ticket: Ticket, pages: int) -> kv_pb2.KvMessage:
+    """So many pages were verified and published: all."""
+    message = about(ticket)
+    message.ack.pages = pages
+    return message
+
+
+def failed(
+    ticket: Ticket,
+    failure: TransferFailure,
+    detail: str,
+    *,
+    quiesced: bool,
+    from_writer: bool,
+) -> kv_pb2.KvMessage:
+    """The transfer is over; see kv.proto for what the flags promise."""
+    message = about(ticket)
+    message.failed.CopyFrom(
+        kv_pb2.TransferFailed(
+            failure=failure.to_wire(), detail=detail, quiesced=quiesced, from_writer=from_writer
+        )
+    )
+    return message

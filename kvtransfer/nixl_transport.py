@@ -1,0 +1,385 @@
+"""NIXL over UCX: RDMA, NVLink, shared memory and TCP under one API. The only door to `nixl`.
+
+What was measured decides how it is used here:
+
+- NIXL's progress thread spins a whole core, so it is off; progress happens in `poll`, on the
+  transfer thread, which decides how often.
+- Pool and window are registered once and whole, and descriptor lists are prepared once a peer;
+  a transfer is then two lists of indices. Neighbouring pages in neighbouring slots leave as one
+  descriptor, since NIXL merges them.
+- A peer gets to know the landing window and nothing else: prefill's metadata carries connection
+  data only, so nobody can read or write its pool. Descriptor lists of a peer's making are never
+  unpickled; only the window's address and size travel, and NIXL checks them against the metadata.
+- Releasing a handle in progress does not stop its write, and using one after its release crashes
+  the process: handles stay wrapped here until DONE or an exception.
+- Posting to a peer that died before makes a later clean-up abort the process unless notifications
+  were read first, so `get_new_notifs` runs before every post.
+- Over TCP a write to a stopped peer stays in progress for ever: the lease is the sender's.
+- The receiver gets no event when a writer dies: sessions and `send` are its probes.
+
+`UCX_TLS` is left alone: UCX's default leaves posix and sysv shared memory out, which hang for ever
+when the peer is killed. On CUDA `UCX_TLS=cuda_ipc,cuda_copy,tcp,self` was fastest on one host.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtransfer.errors import TransportError, TransportUnavailableError
+from kvtransfer.transport import (
+    MessageArrived,
+    PeerLost,
+    Transport,
+    TransportEvent,
+    WriteDone,
+    WriteFailed,
+    WriteId,
+)
+
+logger = logging.getLogger(__name__)
+
+MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
+"""Distributions that carry NIXL, preferred first; each has `_api` and `_bindings`."""
+
+MAX_WINDOW_SLOTS = 1 << 20
+"""A peer's claim beyond this is refused before descriptors are made for it."""
+
+_kept_alive: list[object] = []
+"""Agents closed with writes in progress, and the memory under them: freeing either would let a
+write read or hit memory of others."""
+
+
+def prepare_environment() -> None:
+    """Sets what UCX and NIXL read from the environment, where the operator has not. Call before
+    the first `NixlTransport`; torch must be imported first on CUDA."""
+    infiniband = Path("/sys/class/infiniband")
+    if not infiniband.is_dir() or not any(infiniband.iterdir()):
+        # with rdma-core's libnl beside another one, processes crash at exit
+        os.environ.setdefault("UCX_MODULES", "^ib")
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+
+
+def _load() -> tuple[Any, Any, tuple[type[Exception], ...]]:
+    """NIXL's API module, its bindings, and all that its calls raise (they share no base)."""
+    prepare_environment()
+    reasons = []
+    for name in MODULES:
+        try:
+            api = import_module(f"{name}._api")
+            bindings = import_module(f"{name}._bindings")
+        except (ImportError, OSError) as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            logging.getLogger("nixl").setLevel(logging.WARNING)
+            named = [getattr(bindings, n) for n in dir(bindings) if n.endswith("Error")]
+            errors = tuple(c for c in named if isinstance(c, type) and issubclass(c, Exception))
+            return api, bindings, (RuntimeError, *errors)
+    raise TransportUnavailableError(
+        "transport nixl is not available: " + "; ".join(reasons) + ". Install nixl-cu13."
+    )
+
+
+def unavailable_reason() -> str:
+    """Why NIXL cannot be used in this process; empty where it can."""
+    try:
+        _load()
+    except TransportUnavailableError as error:
+        return error.message
+    return ""
+
+
+@dataclass(slots=True)
+class _Peer:
+    agent: str
+    """The peer's agent name: fresh in each of its lives."""
+    window: Any
+    """Prepared descriptors of its landing window; None where it has none."""
+    slots: int
+    closing: bool = False
+    """Gone, but writes to it have not ended."""
+    broken: bool = False
+    """Its connection has failed; every write to it ends with an exception."""
+
+    @property
+    def usable(self) -> bool:
+        return not self.closing and not self.broken
+
+
+@dataclass(slots=True)
+class _InFlight:
+    peer: str
+    handle: Any
+
+
+class NixlTransport(Transport):
+    """One NIXL agent and the memory that it may touch."""
+
+    name: ClassVar[str] = "nixl"
+    polled: ClassVar[bool] = True
+    loss_ends_writes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        pool: torch.Tensor | None,
+        landing: torch.Tensor | None,
+    ) -> None:
+        """`pool`: [pages, page_bytes] uint8, source of writes; `landing`: [slots, page_bytes]
+        uint8, what peers may write. Each on one device, contiguous; either may be None.
+
+        Raises TransportUnavailableError where NIXL or its UCX backend is missing, or refuses the
+        memory.
+        """
+        api, bindings, self._errors = _load()
+        malformed = (ValueError, KeyError, TypeError, OverflowError)
+        self._setup_errors: tuple[type[Exception], ...] = (*malformed, *self._errors)
+        self.landing = landing
+        self._pool = pool
+        self._agent_name = f"{instance_id}-{secrets.token_hex(4)}"
+        try:
+            config = api.nixl_agent_config(enable_prog_thread=False, backends=[])
+            self._agent = api.nixl_agent(self._agent_name, config)
+            self._agent.create_backend("UCX")
+            self._registered = [
+                self._agent.register_memory(t) for t in (pool, landing) if t is not None
+            ]
+            self._no_memory = bindings.nixlRegDList(bindings.DRAM_SEG)
+            self._source = None
+            if pool is not None:
+                self._source = self._prepare("NIXL_INIT_AGENT", *_region(pool))
+        except self._setup_errors as error:
+            raise TransportUnavailableError(f"transport nixl does not start: {error}") from error
+        self._peers: dict[str, _Peer] = {}
+        self._names: dict[str, str] = {}
+        self._in_flight: dict[WriteId, _InFlight] = {}
+        self._events: deque[TransportEvent] = deque()
+        self._next_write = 1
+        self.unknown_notifications = 0
+        """Messages of agents that are not (or no longer) connected."""
+
+    def _prepare(self, agent: str, memory: str, region: npt.NDArray[np.uint64]) -> Any:
+        return self._agent.prep_xfer_dlist(agent, region, memory, backends=["UCX"])
+
+    def bind(self, wake: Callable[[], None]) -> None:
+        """Nothing wakes: NIXL makes progress, and events, only while it is polled."""
+
+    def local_offer(self) -> bytes:
+        header: dict[str, object] = {"agent": self._agent_name}
+        if self.landing is not None:
+            memory, rows = _region(self.landing)
+            address, size, device = (int(x) for x in rows[0])
+            header["window"] = [memory, address, size, device, len(rows)]
+            descriptors = self._registered[-1]
+        else:
+            # an empty list: connection data only, so that nobody can reach the pool
+            descriptors = self._no_memory
+        metadata: bytes = self._agent.get_partial_agent_metadata(
+            descriptors, inc_conn_info=True, backends=["UCX"]
+        )
+        return json.dumps(header).encode() + b"\0" + metadata
+
+    def connect(self, peer: str, offer: bytes) -> None:
+        header, _, metadata = offer.partition(b"\0")
+        agent = ""
+        try:
+            claims = json.loads(header)
+            claimed = str(claims["agent"])
+            window = claims.get("window")
+            region = None if window is None else self._window_region(window)
+            if self._revive(peer, claimed):
+                return
+            loaded = self._agent.add_remote_agent(metadata)
+            agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
+            if agent != claimed or agent in self._names:
+                raise ValueError(f"it claims to be {claimed}, its metadata says {agent}")
+            prepared = None if region is None else self._prepare(agent, *region)
+            self._agent.make_connection(agent)
+        except self._setup_errors as error:
+            if agent and agent not in self._names:
+                with contextlib.suppress(*self._errors):
+                    self._agent.remove_remote_agent(agent)
+            raise TransportError(f"NIXL cannot connect to peer {peer}: {error}") from error
+        self._peers[peer] = _Peer(agent, prepared, 0 if region is None else len(region[1]))
+        self._names[agent] = peer
+
+    def _revive(self, peer: str, agent: str) -> bool:
+        """A peer that is back in the same life, while writes to it still go on, keeps its
+        connection: a stopped process that continues, say."""
+        entry = self._peers.get(peer)
+        if entry is None:
+            return False
+        if entry.agent != agent or entry.broken:
+            raise ValueError("writes to its lost connection have not ended yet")
+        entry.closing = False
+        return True
+
+    def _window_region(self, window: list[Any]) -> tuple[str, npt.NDArray[np.uint64]]:
+        memory, address, size, device, count = window
+        if memory not in ("DRAM", "VRAM") or not 1 <= count <= MAX_WINDOW_SLOTS:
+            raise ValueError(f"a window of {count} slots in {memory}")
+        if self._pool is not None and size != self._pool.shape[1]:
+            raise ValueError(f"slots of {size} bytes, pages of {self._pool.shape[1]} here")
+        return memory, _rows(int(address), int(size), int(device), int(count))
+
+    def disconnect(self, peer: str) -> None:
+        entry = self._peers.get(peer)
+        if entry is None:
+            return
+        entry.closing = True
+        if not any(flight.peer == peer for flight in self._in_flight.values()):
+            self._remove(peer, entry)
+
+    def _remove(self, peer: str, entry: _Peer) -> None:
+        del self._peers[peer]
+        self._names.pop(entry.agent, None)
+        self._read_notifications()
+        try:
+            if entry.window is not None:
+                entry.window.release()
+            self._agent.remove_remote_agent(entry.agent)
+        except self._errors as error:
+            logger.debug("removing NIXL peer %s: %s", peer, error)
+
+    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+        entry = self._peers.get(peer)
+        if entry is None or not entry.usable or entry.window is None or self._source is None:
+            raise TransportError(f"NIXL has no landing window of peer {peer}")
+        pages = np.array([page for page, _ in copies], dtype=np.int32)
+        slots = np.array([slot for _, slot in copies], dtype=np.int32)
+        if self._pool is None or not _within(pages, len(self._pool)):
+            raise TransportError(f"source pages outside the pool: {pages.tolist()}")
+        if not _within(slots, entry.slots):
+            raise TransportError(f"slots outside the window of peer {peer}: {slots.tolist()}")
+        self._read_notifications()
+        try:
+            handle = self._agent.make_prepped_xfer(
+                "WRITE", self._source, pages, entry.window, slots, message, backends=["UCX"]
+            )
+        except self._errors as error:
+            raise TransportError(f"NIXL prepares no write to peer {peer}: {error}") from error
+        write_id = WriteId(self._next_write)
+        self._next_write += 1
+        try:
+            status = self._agent.transfer(handle)
+        except self._errors as error:
+            self._release(handle)
+            self._lost(peer, error)
+            raise TransportError(f"NIXL cannot write to peer {peer}: {error}") from error
+        self._in_flight[write_id] = _InFlight(peer, handle)
+        if status != "PROC":
+            self._end(write_id, "" if status == "DONE" else f"NIXL reports {status}")
+        return write_id
+
+    def send(self, peer: str, message: bytes) -> None:
+        entry = self._peers.get(peer)
+        if entry is None or not entry.usable:
+            raise TransportError(f"NIXL is not connected to peer {peer}")
+        self._read_notifications()
+        try:
+            self._agent.send_notif(entry.agent, message)
+        except self._errors as error:
+            self._lost(peer, error)
+            raise TransportError(f"NIXL cannot reach peer {peer}: {error}") from error
+
+    def poll(self) -> list[TransportEvent]:
+        self._read_notifications()
+        for write_id, flight in list(self._in_flight.items()):
+            try:
+                status = self._agent.check_xfer_state(flight.handle)
+            except self._errors as error:
+                self._lost(flight.peer, error)
+                self._end(write_id, f"NIXL: {error}")
+            else:
+                if status != "PROC":
+                    self._end(write_id, "" if status == "DONE" else f"NIXL reports {status}")
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def _lost(self, peer: str, error: Exception) -> None:
+        entry = self._peers.get(peer)
+        if entry is not None and not entry.broken:
+            entry.broken = True
+            self._events.append(PeerLost(peer, f"NIXL: {error}"))
+
+    def _read_notifications(self) -> None:
+        try:
+            arrived: dict[str, list[bytes]] = self._agent.get_new_notifs(backends=["UCX"])
+        except self._errors as error:
+            logger.warning("reading NIXL notifications: %s", error)
+            return
+        for agent, messages in arrived.items():
+            peer = self._names.get(agent)
+            if peer is None:
+                self.unknown_notifications += len(messages)
+                continue
+            self._events.extend(MessageArrived(peer, bytes(message)) for message in messages)
+
+    def _end(self, write_id: WriteId, failure: str) -> None:
+        """The write is over: DONE, or an exception. Only now may its handle be released."""
+        flight = self._in_flight.pop(write_id)
+        self._release(flight.handle)
+        self._events.append(WriteFailed(write_id, failure) if failure else WriteDone(write_id))
+        entry = self._peers.get(flight.peer)
+        waiting = any(other.peer == flight.peer for other in self._in_flight.values())
+        if entry is not None and entry.closing and not waiting:
+            self._remove(flight.peer, entry)
+
+    def _release(self, handle: Any) -> None:
+        try:
+            handle.release()
+        except self._errors as error:
+            _kept_alive.append(handle)
+            logger.debug("releasing a NIXL handle: %s", error)
+
+    def busy(self) -> bool:
+        return bool(self._in_flight)
+
+    def close(self) -> None:
+        self._read_notifications()
+        if self._in_flight:
+            _kept_alive.append((self._agent, self._in_flight, self._pool, self.landing))
+            return
+        for peer, entry in list(self._peers.items()):
+            self._remove(peer, entry)
+        try:
+            if self._source is not None:
+                self._source.release()
+            for registered in self._registered:
+                self._agent.deregister_memory(registered)
+        except self._errors as error:
+            logger.debug("closing NIXL: %s", error)
+
+
+def _region(memory: torch.Tensor) -> tuple[str, npt.NDArray[np.uint64]]:
+    """(NIXL's memory type, one descriptor a page) of [count, page_bytes] uint8."""
+    if memory.dim() != 2 or not memory.is_contiguous() or memory.dtype != torch.uint8:
+        raise ValueError("NIXL needs contiguous [count, page_bytes] uint8 memory")
+    device = memory.device.index or 0
+    kind = "VRAM" if memory.device.type == "cuda" else "DRAM"
+    return kind, _rows(memory.data_ptr(), memory.shape[1], device, memory.shape[0])
+
+
+def _rows(address: int, size: int, device: int, count: int) -> npt.NDArray[np.uint64]:
+    rows = np.empty((count, 3), dtype=np.uint64)
+    rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(size)
+    rows[:, 1] = size
+    rows[:, 2] = device
+    return rows
+
+
+def _within(indices: npt.NDArray[np.int32], count: int) -> bool:
+    return bool(indices.size) and int(indices.min()) >= 0 and int(indices.max()) < count

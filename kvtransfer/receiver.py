@@ -1,0 +1,413 @@
+"""Decode's side of the handover: grants tickets, checks what peers report, and passes landed
+pages to the role, which alone copies them into the pool and believes them.
+
+Nothing that a peer says is trusted: a message must name the ticket, its epoch, its request and come
+from its writer, and a page must lie in a slot of the ticket, at an expected position, with the
+expected number of tokens. What is late or repeated is dropped and counted; what cannot be right
+fails the transfer with a typed reason.
+
+`grant` may be called from the scheduler's thread; everything else runs on the transfer thread.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvtransfer import messages
+from kvtransfer.errors import DuplicateTransferError, UnknownPeerError
+from kvtransfer.events import KvEvent, PagesLanded, TransferCompleted, TransferFailedEvent
+from kvtransfer.layout import PageLayout
+from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.quarantine import Quarantine
+from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
+from kvtransfer.ticket import LandedPage, Ticket
+from kvtransfer.window import LandingWindow
+from protos.baton.v1 import kv_pb2
+
+MAX_TOMBSTONES = 8_192
+"""Completed tickets remembered, so that a lost acknowledgement can be sent again."""
+
+
+@dataclass(slots=True)
+class _Incoming:
+    ticket: Ticket
+    first_position: int
+    total_pages: int
+    chain_hashes: tuple[bytes, ...]
+    last_message: float
+    state: TransferState = TransferState.RESERVED
+    credited: set[int] = field(default_factory=set)
+    """Slots that the writer may fill."""
+    landed: dict[int, int] = field(default_factory=dict)
+    """Position -> slot, reported and not yet accepted."""
+    accepted: set[int] = field(default_factory=set)
+    first_token: int | None = None
+
+    def is_from_writer(self, peer: str, message: kv_pb2.KvMessage) -> bool:
+        return peer == self.ticket.writer_instance and messages.names(self.ticket, message)
+
+    @property
+    def slots(self) -> set[int]:
+        return self.credited | set(self.landed.values())
+
+    @property
+    def travelling_pages(self) -> int:
+        return self.total_pages - self.first_position
+
+    @property
+    def unreported_pages(self) -> int:
+        return self.travelling_pages - len(self.landed) - len(self.accepted)
+
+    @property
+    def finished(self) -> bool:
+        return self.first_token is not None and len(self.accepted) == self.travelling_pages
+
+
+class Receiver:
+    """All incoming transfers of a worker."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        layout: PageLayout,
+        window: LandingWindow | None,
+        links: PeerLinks,
+        emit: Callable[[KvEvent], None],
+        clock: Clock,
+        lease_s: float = 30.0,
+        max_slots_per_ticket: int = 0,
+    ) -> None:
+        """`window` None: the worker only sends. `max_slots_per_ticket` 0: a quarter of the window,
+        so that one long prompt streams through a few slots and leaves room for others."""
+        self._instance_id = instance_id
+        self._layout = layout
+        self._window = window
+        self._links = links
+        self._emit = emit
+        self._clock = clock
+        self._lease_s = lease_s
+        slots = window.slots if window is not None else 0
+        self._max_slots = max_slots_per_ticket or max(1, slots // 4)
+        self._lock = threading.Lock()
+        self._granted: deque[_Incoming] = deque()
+        self._live_ids: set[str] = set()
+        self._next_ticket = 1
+        self._by_ticket: dict[int, _Incoming] = {}
+        self._acknowledged: OrderedDict[int, _Incoming] = OrderedDict()
+        self._quarantine = Quarantine(window=window, links=links, clock=clock, lease_s=lease_s)
+        self.bytes_received = 0
+
+    @property
+    def active(self) -> int:
+        """Transfers that are neither complete nor failed."""
+        return len(self._live_ids)
+
+    # ---- commands of the role -------------------------------------------------------------------
+
+    def grant(
+        self,
+        *,
+        request_id: str,
+        writer: str,
+        total_pages: int,
+        total_tokens: int,
+        prefix_len: int,
+        token_hash: bytes,
+        chain_hashes: Sequence[bytes] = (),
+    ) -> Ticket:
+        """Promises landing slots for the pages of a request, counted over its whole sequence.
+
+        `prefix_len` tokens (whole pages) are here already; `chain_hashes`, where given, has one
+        entry for each page after them. No I/O; any thread. Raises NoSlotsError (wait or refuse),
+        UnknownPeerError (writer not connected), DuplicateTransferError, ValueError.
+        """
+        first = self._first_position(total_pages, total_tokens, prefix_len, chain_hashes)
+        transport = self._links.require(writer)
+        if self._window is None:
+            raise UnknownPeerError("this worker has no landing window: it does not receive KV")
+        with self._lock:
+            if request_id in self._live_ids:
+                raise DuplicateTransferError(f"request {request_id} is being received already")
+            ticket_id = self._next_ticket
+            slots, epoch = self._window.grant(min(total_pages - first, self._max_slots), ticket_id)
+            self._next_ticket += 1
+            self._live_ids.add(request_id)
+        ticket = Ticket(
+            ticket_id=ticket_id,
+            instance_id=self._instance_id,
+            epoch=epoch,
+            request_id=request_id,
+            writer_instance=writer,
+            slots=slots,
+            lease_s=self._lease_s,
+            decode_prefix_len=prefix_len,
+            total_tokens=total_tokens,
+            token_hash=token_hash,
+            transport=transport.name,
+        )
+        self._granted.append(
+            _Incoming(
+                ticket, first, total_pages, tuple(chain_hashes), self._clock(), credited=set(slots)
+            )
+        )
+        return ticket
+
+    def _first_position(
+        self, total_pages: int, total_tokens: int, prefix_len: int, chain_hashes: Sequence[bytes]
+    ) -> int:
+        page_size = self._layout.page_size
+        if prefix_len % page_size or not 0 <= prefix_len <= total_tokens:
+            raise ValueError(f"prefix of {prefix_len} tokens: not whole pages of {page_size}")
+        if total_pages != self._layout.pages_of(total_tokens):
+            raise ValueError(f"{total_tokens} tokens are not {total_pages} pages of {page_size}")
+        first = prefix_len // page_size
+        if chain_hashes and len(chain_hashes) != total_pages - first:
+            raise ValueError(f"{len(chain_hashes)} chain hashes for {total_pages - first} pages")
+        return first
+
+    def accept(self, ticket_id: int, positions: Sequence[int]) -> None:
+        """Pages at `positions` were copied, verified and published: their slots may be written
+        again. Ignored for a transfer that ended meanwhile."""
+        self._adopt()
+        entry = self._by_ticket.get(ticket_id)
+        if entry is None or self._window is None:
+            return
+        freed: set[int] = set()
+        for position in positions:
+            slot = entry.landed.pop(position, None)
+            if slot is None:
+                self._links.dropped["unknown_accept"] += 1
+                continue
+            freed.add(slot)
+            entry.accepted.add(position)
+        self.bytes_received += len(freed) * self._layout.page_bytes
+        self._recycle(entry, freed)
+        self._finish(entry)
+
+    def reject(self, ticket_id: int, detail: str) -> None:
+        """A landed page does not match its seal. Fails the transfer on both sides; no event."""
+        self._withdraw(ticket_id, TransferFailure.MISMATCH, detail)
+
+    def release(
+        self,
+        ticket_id: int,
+        failure: TransferFailure = TransferFailure.ABORTED,
+        detail: str = "the request was withdrawn",
+    ) -> None:
+        """Withdraws the ticket; no event follows. Its slots stay in quarantine until the writer
+        has said that it writes no more, or is known to be dead. Ended requests are ignored."""
+        self._withdraw(ticket_id, failure, detail)
+
+    def _withdraw(self, ticket_id: int, failure: TransferFailure, detail: str) -> None:
+        self._adopt()
+        entry = self._by_ticket.get(ticket_id)
+        if entry is not None:
+            self._fail(entry, failure, detail, emit=False)
+
+    # ---- inputs of the transports ---------------------------------------------------------------
+
+    def on_message(self, peer: str, message: kv_pb2.KvMessage) -> None:
+        """A message of a writer: pages, completion or failure."""
+        self._adopt()
+        kind = message.WhichOneof("kind")
+        entry = self._by_ticket.get(message.ticket_id)
+        if entry is None:
+            self._on_ended(peer, message, kind)
+        elif not entry.is_from_writer(peer, message):
+            self._links.dropped["wrong_ticket"] += 1
+        else:
+            entry.last_message = self._clock()
+            if kind == "written":
+                self._on_written(entry, message.written)
+            elif kind == "complete":
+                self._on_complete(entry, message.complete)
+            elif kind == "failed":
+                self._on_writer_failed(entry, message.failed)
+
+    def _on_ended(self, peer: str, message: kv_pb2.KvMessage, kind: str | None) -> None:
+        done = self._acknowledged.get(message.ticket_id)
+        if done is not None and done.is_from_writer(peer, message) and kind == "complete":
+            self._acknowledge(done)
+        elif kind == "failed" and message.failed.quiesced:
+            self._quarantine.lift(peer, message)
+        else:
+            self._links.dropped["unknown_ticket"] += 1
+
+    def _on_written(self, entry: _Incoming, written: kv_pb2.PagesWritten) -> None:
+        if not written.pages:
+            return  # sign of life
+        fresh: list[LandedPage] = []
+        for page in written.pages:
+            if page.position in entry.landed or page.position in entry.accepted:
+                self._links.dropped["duplicate_page"] += 1
+                continue
+            problem = self._page_problem(entry, page)
+            if problem is not None:
+                self._fail(entry, TransferFailure.MISMATCH, problem)
+                return
+            entry.credited.discard(page.slot)
+            entry.landed[page.position] = page.slot
+            fresh.append(
+                LandedPage(
+                    slot=page.slot,
+                    position=page.position,
+                    valid_tokens=page.valid_tokens,
+                    seal=page.seal,
+                    chain_hash=page.chain_hash,
+                )
+            )
+        state = advance(entry.state, Trigger.PAGES)
+        if fresh and state is not None and self._window is not None:
+            entry.state = state
+            transport = self._links.get(entry.ticket.writer_instance)
+            landing = transport.landing if transport is not None else None
+            memory = landing if landing is not None else self._window.memory
+            self._emit(
+                PagesLanded(
+                    request_id=entry.ticket.request_id,
+                    ticket_id=entry.ticket.ticket_id,
+                    window=memory,
+                    pages=tuple(fresh),
+                )
+            )
+
+    def _page_problem(self, entry: _Incoming, page: kv_pb2.LandedPage) -> str | None:
+        position = page.position
+        if not entry.first_position <= position < entry.total_pages:
+            return f"page at position {position} was not asked for"
+        if page.slot not in entry.credited:
+            return f"page at position {position} lies in slot {page.slot}, which was not granted"
+        if page.valid_tokens != self._layout.valid_tokens(position, entry.ticket.total_tokens):
+            return f"page at position {position} claims {page.valid_tokens} valid tokens"
+        chain_hashes = entry.chain_hashes
+        if chain_hashes and page.chain_hash != chain_hashes[position - entry.first_position]:
+            return f"page at position {position} belongs to other tokens"
+        return None
+
+    def _on_complete(self, entry: _Incoming, complete: kv_pb2.TransferComplete) -> None:
+        if complete.total_pages != entry.travelling_pages:
+            self._fail(
+                entry,
+                TransferFailure.MISMATCH,
+                f"{complete.total_pages} pages were sent, {entry.travelling_pages} were asked for",
+            )
+        elif entry.first_token is None:
+            entry.first_token = complete.first_token
+            self._finish(entry)
+        elif entry.first_token != complete.first_token:
+            self._fail(entry, TransferFailure.MISMATCH, "two different first tokens were reported")
+
+    def _on_writer_failed(self, entry: _Incoming, failed: kv_pb2.TransferFailed) -> None:
+        failure = TransferFailure.from_wire(failed.failure)
+        self._fail(entry, failure, failed.detail, quiesced=failed.quiesced)
+
+    def on_peer_gone(self, peer: str, reason: str, *, writes_ended: bool) -> None:
+        """The writer is unreachable. `writes_ended`: nothing of it can land any more, because its
+        process has exited or because the transport says so; else its slots stay in quarantine."""
+        self._adopt()
+        for entry in [e for e in self._by_ticket.values() if e.ticket.writer_instance == peer]:
+            self._fail(entry, TransferFailure.TRANSPORT, reason, quiesced=writes_ended)
+        if writes_ended:
+            self._quarantine.lift_all(peer)
+
+    def tick(self) -> None:
+        """Ends tickets without a sign of life; call it a few times a lease."""
+        self._adopt()
+        now = self._clock()
+        for entry in list(self._by_ticket.values()):
+            writer = entry.ticket.writer_instance
+            if self._links.get(writer) is None:
+                self._fail(entry, TransferFailure.TRANSPORT, f"prefill instance {writer} is gone")
+            elif now - entry.last_message > entry.ticket.lease_s:
+                detail = f"nothing from prefill for {entry.ticket.lease_s:g} s"
+                self._fail(entry, TransferFailure.EXPIRED, detail)
+        self._quarantine.ask_again()
+
+    # ---- the machine ----------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Takes over what `grant` promised since the last call."""
+        while self._granted:
+            entry = self._granted.popleft()
+            self._by_ticket[entry.ticket.ticket_id] = entry
+
+    def _recycle(self, entry: _Incoming, freed: set[int]) -> None:
+        """Credits freed slots, and more where the window has room, while pages are to come."""
+        if self._window is None:
+            return
+        ticket_id = entry.ticket.ticket_id
+        need = max(0, min(self._max_slots, entry.unreported_pages) - len(entry.credited))
+        again = set(sorted(freed)[:need])
+        self._window.release(freed - again, ticket_id)
+        fresh = set(self._window.top_up(need - len(again), ticket_id)) | again
+        if fresh:
+            entry.credited |= fresh
+            message = messages.credit(entry.ticket, sorted(fresh))
+            self._links.send(entry.ticket.writer_instance, message)
+
+    def _finish(self, entry: _Incoming) -> None:
+        if not entry.finished:
+            return
+        state = advance(entry.state, Trigger.ALL_ACCEPTED)
+        if state is None or self._window is None:
+            return
+        entry.state = state
+        # Complete says that nothing is written any more: unused credits return at once
+        self._window.release(entry.slots, entry.ticket.ticket_id)
+        entry.credited.clear()
+        transport = self._links.get(entry.ticket.writer_instance)
+        name = transport.name if transport is not None else entry.ticket.transport
+        self._acknowledged[entry.ticket.ticket_id] = entry
+        while len(self._acknowledged) > MAX_TOMBSTONES:
+            self._acknowledged.popitem(last=False)
+        self._acknowledge(entry)
+        self._forget(entry)
+        self._emit(
+            TransferCompleted(
+                request_id=entry.ticket.request_id,
+                ticket_id=entry.ticket.ticket_id,
+                first_token=entry.first_token or 0,
+                total_bytes=len(entry.accepted) * self._layout.page_bytes,
+                transport=name,
+            )
+        )
+
+    def _acknowledge(self, entry: _Incoming) -> None:
+        message = messages.acknowledgement(entry.ticket, entry.travelling_pages)
+        self._links.send(entry.ticket.writer_instance, message)
+
+    def _fail(
+        self,
+        entry: _Incoming,
+        failure: TransferFailure,
+        detail: str,
+        *,
+        quiesced: bool = False,
+        emit: bool = True,
+    ) -> None:
+        state = advance(entry.state, Trigger.FAILURE)
+        if state is None or self._window is None:
+            return
+        entry.state = state
+        self._forget(entry)
+        if quiesced:
+            self._window.release(entry.slots, entry.ticket.ticket_id)
+        else:
+            self._quarantine.hold(entry.ticket, entry.slots, failure, detail)
+        if emit:
+            self._emit(
+                TransferFailedEvent(
+                    request_id=entry.ticket.request_id,
+                    ticket_id=entry.ticket.ticket_id,
+                    failure=failure,
+                    detail=detail,
+                    quiesced=True,
+                )
+            )
+
+    def _forget(self, entry: _Incoming) -> None:
+        self._by_ticket.pop(entry.ticket.ticket_id, None)
+        with self._lock:
+            self._live_ids.discard(entry.ticket.request_id)

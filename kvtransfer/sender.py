@@ -1,0 +1,405 @@
+"""Prefill's side of the handover: pages go out as credits allow, and stay owned until decode has
+acknowledged them or every write has ended.
+
+Runs on the transfer thread alone. Pages are digested again right before they leave, on this
+thread (on CUDA, on its own stream): as late as possible, so that a page that was freed and reused
+while it waited for credit is caught, and without making the scheduler wait for a result.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtransfer import messages
+from kvtransfer.digest import digest_pages, seals_of
+from kvtransfer.errors import TransportError
+from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
+from kvtransfer.layout import PageLayout
+from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
+from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.transport import WriteId
+from protos.baton.v1 import kv_pb2
+
+MAX_WRITE_PAGES = 32
+"""Pages a write: several writes of a prompt let decode verify the first while the last travel."""
+
+MAX_TOMBSTONES = 65_536
+"""Ended tickets remembered, so that one that was withdrawn early cannot be opened late."""
+
+RENEWALS_PER_LEASE = 3
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    ticket: Ticket
+    last_progress: float
+    last_sent: float
+    state: TransferState = TransferState.RESERVED
+    credits: deque[int] = field(default_factory=deque)
+    pending: deque[SourcePage] = field(default_factory=deque)
+    writes: set[tuple[str, WriteId]] = field(default_factory=set)
+    pages: int = 0
+    first_token: int | None = None
+    complete_sent: bool = False
+    failure: TransferFailure = TransferFailure.TRANSPORT
+    detail: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.ticket.instance_id, self.ticket.ticket_id
+
+    @property
+    def waiting_for(self) -> str:
+        """What must come from outside before anything moves; empty: the next move is prefill's.
+
+        A write to a stopped peer stays in progress for ever, hence it counts.
+        """
+        if self.writes:
+            return "end of a write"
+        if self.complete_sent:
+            return "acknowledgement"
+        return "credit" if self.pending else ""
+
+
+class Sender:
+    """All outgoing transfers of a worker."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        layout: PageLayout,
+        pool: torch.Tensor | None,
+        links: PeerLinks,
+        emit: Callable[[KvEvent], None],
+        clock: Clock,
+        verify: bool = True,
+    ) -> None:
+        """`pool`: [pages, page_bytes] uint8, the source of every page; None where the worker only
+        receives."""
+        self._instance_id = instance_id
+        self._layout = layout
+        self._pool = pool
+        self._links = links
+        self._emit = emit
+        self._clock = clock
+        self._verify = verify
+        self._by_request: dict[str, _Outgoing] = {}
+        self._by_key: dict[tuple[str, int], _Outgoing] = {}
+        self._writes: dict[tuple[str, WriteId], tuple[_Outgoing, int]] = {}
+        self._tombstones: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self.bytes_sent = 0
+
+    @property
+    def active(self) -> int:
+        """Transfers that are not settled, draining failures included."""
+        return len(self._by_request)
+
+    # ---- commands of the role -------------------------------------------------------------------
+
+    def open(self, ticket: Ticket) -> None:
+        """Starts a transfer. Call it when the ticket arrives, also while the prompt still queues:
+        it tells decode that the ticket is held, which renews the lease.
+        """
+        now = self._clock()
+        out = _Outgoing(ticket, now, now, credits=deque(ticket.slots))
+        problem = self._refusal(out)
+        if problem is None:
+            self._by_request[ticket.request_id] = out
+            self._by_key[out.key] = out
+            self._send(out, messages.written(out.ticket, ()))
+            return
+        out.failure, out.detail = problem
+        mine = ticket.writer_instance == self._instance_id and out.key not in self._by_key
+        if mine:
+            self._bury(out.key)
+        self._tell_failed(out, quiesced=True, decode_too=mine)
+
+    def _refusal(self, out: _Outgoing) -> tuple[TransferFailure, str] | None:
+        ticket = out.ticket
+        if self._pool is None:
+            return TransferFailure.REFUSED, "this worker has no source pages to send"
+        if ticket.writer_instance != self._instance_id:
+            return TransferFailure.REFUSED, (
+                f"ticket {ticket.ticket_id} is for writer {ticket.writer_instance}, "
+                f"this is {self._instance_id}"
+            )
+        if out.key in self._tombstones:
+            return TransferFailure.ABORTED, f"ticket {ticket.ticket_id} was withdrawn before"
+        if out.key in self._by_key:
+            return TransferFailure.REFUSED, f"ticket {ticket.ticket_id} is in use already"
+        transport = self._links.get(ticket.instance_id)
+        if transport is None:
+            return (
+                TransferFailure.TRANSPORT,
+                f"decode instance {ticket.instance_id} is not connected",
+            )
+        if ticket.transport and ticket.transport != transport.name:
+            return TransferFailure.REFUSED, (
+                f"ticket {ticket.ticket_id} is for {ticket.transport}, "
+                f"but {transport.name} joins the two workers"
+            )
+        return None
+
+    def push(self, request_id: str, pages: list[SourcePage]) -> None:
+        """Pages whose KV is final. They belong to the transfer until it is released or quiesced."""
+        out = self._live(request_id)
+        if out is None:
+            return
+        out.pending.extend(pages)
+        out.last_progress = self._clock()
+        self._pump(out)
+
+    def complete(self, request_id: str, first_token: int) -> None:
+        """Every page was pushed, and the first token is drawn; nothing is written afterwards."""
+        out = self._live(request_id)
+        if out is None:
+            return
+        out.first_token = first_token
+        out.last_progress = self._clock()
+        self._pump(out)
+
+    def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
+        """Gives the transfer up and tells decode why. Unknown and ended requests are ignored."""
+        out = self._live(request_id)
+        if out is not None:
+            self._fail(out, failure, detail)
+
+    def _live(self, request_id: str) -> _Outgoing | None:
+        out = self._by_request.get(request_id)
+        return out if out is not None and out.state != TransferState.FAILED else None
+
+    # ---- inputs of the transports ---------------------------------------------------------------
+
+    def on_message(self, peer: str, message: kv_pb2.KvMessage) -> None:
+        """A message of decode: credit, acknowledgement or withdrawal."""
+        key = (peer, message.ticket_id)
+        out = self._by_key.get(key)
+        kind = message.WhichOneof("kind")
+        if out is not None and not messages.names(out.ticket, message):
+            self._links.dropped["wrong_epoch"] += 1
+            return
+        if kind == "failed":
+            self._on_withdrawn(key, out, message)
+        elif out is None or out.state == TransferState.FAILED:
+            self._links.dropped["unknown_ticket"] += 1
+        elif kind == "credit":
+            self._on_credit(out, message.credit.slots)
+        elif kind == "ack":
+            self._on_ack(out, message.ack)
+
+    def _on_credit(self, out: _Outgoing, slots: Iterable[int]) -> None:
+        for slot in slots:
+            if slot in out.credits:
+                self._links.dropped["duplicate_credit"] += 1
+            else:
+                out.credits.append(slot)
+        out.last_progress = self._clock()
+        self._pump(out)
+
+    def _on_ack(self, out: _Outgoing, ack: kv_pb2.TransferAck) -> None:
+        if not out.complete_sent or ack.pages != out.pages:
+            # an acknowledgement for pages that never left proves nothing about those that did
+            self._links.dropped["early_ack"] += 1
+            return
+        state = advance(out.state, Trigger.ALL_ACCEPTED)
+        if state is None:
+            self._links.dropped["late_ack"] += 1
+            return
+        out.state = state
+        self._forget(out)
+        self._emit(
+            SourceReleased(
+                request_id=out.ticket.request_id,
+                total_bytes=out.pages * self._layout.page_bytes,
+                transport=self._transport_name(out),
+            )
+        )
+
+    def _on_withdrawn(
+        self, key: tuple[str, int], out: _Outgoing | None, message: kv_pb2.KvMessage
+    ) -> None:
+        if out is None:
+            # not open, or ended: nothing of it is being written, and it may never be opened again
+            self._bury(key)
+            answer = kv_pb2.KvMessage(
+                ticket_id=message.ticket_id, epoch=message.epoch, request_id=message.request_id
+            )
+            answer.failed.CopyFrom(message.failed)
+            answer.failed.quiesced = True
+            answer.failed.from_writer = True
+            self._links.send(key[0], answer)
+        elif out.state != TransferState.FAILED:
+            failure = TransferFailure.from_wire(message.failed.failure)
+            self._fail(out, failure, message.failed.detail)
+
+    def on_write_done(self, transport: str, write_id: WriteId) -> None:
+        out = self._end_write(transport, write_id, done=True)
+        if out is None:
+            return
+        if out.state == TransferState.FAILED:
+            self._settle_failed(out)
+        else:
+            out.last_progress = self._clock()
+            self._pump(out)
+
+    def on_write_failed(self, transport: str, write_id: WriteId, reason: str) -> None:
+        out = self._end_write(transport, write_id, done=False)
+        if out is None:
+            return
+        if out.state == TransferState.FAILED:
+            self._settle_failed(out)
+        else:
+            self._fail(out, TransferFailure.TRANSPORT, reason)
+
+    def _end_write(self, transport: str, write_id: WriteId, *, done: bool) -> _Outgoing | None:
+        entry = self._writes.pop((transport, write_id), None)
+        if entry is None:
+            return None
+        out, pages = entry
+        out.writes.discard((transport, write_id))
+        if done:
+            self.bytes_sent += pages * self._layout.page_bytes
+        return out
+
+    def on_peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:
+        """The peer is unreachable. With `proven_dead` its process has exited, so that whatever a
+        write still reads goes nowhere and the source pages are free at once."""
+        for out in [o for o in self._by_request.values() if o.ticket.instance_id == peer]:
+            if out.state != TransferState.FAILED:
+                self._fail(out, TransferFailure.TRANSPORT, reason)
+            if proven_dead and out.ticket.request_id in self._by_request:
+                for write in out.writes:
+                    self._writes.pop(write, None)
+                out.writes.clear()
+                self._settle_failed(out)
+
+    def tick(self) -> None:
+        """Renews leases and gives up what made no progress; call it a few times a lease."""
+        now = self._clock()
+        for out in list(self._by_request.values()):
+            if out.state == TransferState.FAILED:
+                continue
+            lease_s = out.ticket.lease_s
+            awaited = out.waiting_for
+            if awaited and now - out.last_progress > lease_s:
+                self._fail(out, TransferFailure.EXPIRED, f"no {awaited} for {lease_s:g} s")
+            elif now - out.last_sent > lease_s / RENEWALS_PER_LEASE:
+                if out.complete_sent:
+                    self._send_complete(out)
+                else:
+                    self._send(out, messages.written(out.ticket, ()))
+
+    # ---- the machine ----------------------------------------------------------------------------
+
+    def _pump(self, out: _Outgoing) -> None:
+        while out.pending and out.credits and out.state != TransferState.FAILED:
+            count = min(len(out.pending), len(out.credits), MAX_WRITE_PAGES)
+            pages = [out.pending[i] for i in range(count)]
+            if self._sealed(out, pages):
+                self._write(out, pages)
+        finished = out.first_token is not None and not out.pending and not out.writes
+        if finished and not out.complete_sent and out.state != TransferState.FAILED:
+            out.complete_sent = True
+            self._send_complete(out)
+
+    def _sealed(self, out: _Outgoing, pages: list[SourcePage]) -> bool:
+        """Whether the pages still hold what was sealed; fails the transfer otherwise."""
+        if not self._verify or self._pool is None:
+            return True
+        indices = [page.page for page in pages]
+        valid = [page.valid_tokens for page in pages]
+        seals = seals_of(digest_pages(self._pool, indices, valid, self._layout))
+        for page, seal in zip(pages, seals, strict=True):
+            if seal != page.seal:
+                detail = f"source page at position {page.position} changed after it was sealed"
+                self._fail(out, TransferFailure.MISMATCH, detail)
+                return False
+        return True
+
+    def _write(self, out: _Outgoing, pages: list[SourcePage]) -> None:
+        slots = [out.credits[i] for i in range(len(pages))]
+        message = messages.written(out.ticket, zip(pages, slots, strict=True))
+        transport = self._links.get(out.ticket.instance_id)
+        if transport is None:
+            self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
+            return
+        copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
+        try:
+            write = transport.write(out.ticket.instance_id, copies, message.SerializeToString())
+        except TransportError as error:
+            self._fail(out, TransferFailure.TRANSPORT, error.message)
+            return
+        for _ in pages:
+            out.pending.popleft()
+            out.credits.popleft()
+        out.state = advance(out.state, Trigger.PAGES) or out.state
+        out.pages += len(pages)
+        out.writes.add((transport.name, write))
+        out.last_sent = out.last_progress = self._clock()
+        self._writes[(transport.name, write)] = (out, len(pages))
+
+    def _fail(self, out: _Outgoing, failure: TransferFailure, detail: str) -> None:
+        state = advance(out.state, Trigger.FAILURE)
+        if state is None:
+            return
+        out.state, out.failure, out.detail = state, failure, detail
+        out.pending.clear()
+        out.credits.clear()
+        if out.writes:
+            self._tell_failed(out, quiesced=False)
+        else:
+            self._settle_failed(out)
+
+    def _settle_failed(self, out: _Outgoing) -> None:
+        """Reports the end of a failed transfer once no write of it is left."""
+        if not out.writes:
+            self._forget(out)
+            self._tell_failed(out, quiesced=True)
+
+    def _tell_failed(self, out: _Outgoing, *, quiesced: bool, decode_too: bool = True) -> None:
+        if decode_too:
+            message = messages.failed(
+                out.ticket, out.failure, out.detail, quiesced=quiesced, from_writer=True
+            )
+            self._send(out, message)
+        self._emit(
+            TransferFailedEvent(
+                request_id=out.ticket.request_id,
+                ticket_id=out.ticket.ticket_id,
+                failure=out.failure,
+                detail=out.detail,
+                quiesced=quiesced,
+            )
+        )
+
+    def _send_complete(self, out: _Outgoing) -> None:
+        message = messages.complete(
+            out.ticket,
+            pages=out.pages,
+            page_bytes=self._layout.page_bytes,
+            first_token=out.first_token or 0,
+        )
+        self._send(out, message)
+
+    def _send(self, out: _Outgoing, message: kv_pb2.KvMessage) -> None:
+        out.last_sent = self._clock()
+        self._links.send(out.ticket.instance_id, message)
+
+    def _transport_name(self, out: _Outgoing) -> str:
+        transport = self._links.get(out.ticket.instance_id)
+        return transport.name if transport is not None else out.ticket.transport
+
+    def _forget(self, out: _Outgoing) -> None:
+        self._by_request.pop(out.ticket.request_id, None)
+        if self._by_key.get(out.key) is out:
+            del self._by_key[out.key]
+            self._bury(out.key)
+
+    def _bury(self, key: tuple[str, int]) -> None:
+        self._tombstones[key] = None
+        while len(self._tombstones) > MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)

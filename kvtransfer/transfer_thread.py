@@ -1,0 +1,193 @@
+"""The one thread that drives every transport.
+
+It sleeps until a command, a message or a deadline wakes it. While pages travel it polls the
+transports that must be polled, backing off from 50 µs to 1 ms: a progress thread of NIXL's own
+would spin a whole core.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kvtransfer.errors import TransportError
+from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
+from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from kvtransfer.transport import (
+    MessageArrived,
+    PeerLost,
+    Transport,
+    TransportEvent,
+    WriteDone,
+    WriteFailed,
+)
+from protos.baton.v1 import kv_pb2
+
+logger = logging.getLogger(__name__)
+
+MIN_POLL_S = 50e-6
+"""First pause while transfers are alive: far below a page's time on the wire."""
+
+MAX_POLL_S = 1e-3
+"""Longest pause while transfers are alive: what a first page may wait after a lull."""
+
+IDLE_POLL_S = 20e-3
+"""Pause while peers are connected and nothing is alive: late messages, the wire's own upkeep."""
+
+ASLEEP_S = 1.0
+"""Pause while nothing is alive and every transport wakes the thread itself. Quarantined slots
+are asked for at this pace, too."""
+
+TICK_S = 50e-3
+"""How often leases are looked at."""
+
+
+class TransferThread:
+    """Commands in, transports and leases by turns, events out."""
+
+    def __init__(
+        self,
+        *,
+        transports: Mapping[str, Transport],
+        links: PeerLinks,
+        sender: Sender,
+        receiver: Receiver,
+        emit: Callable[[KvEvent], None],
+        clock: Clock,
+        device: torch.device | None,
+    ) -> None:
+        """`device`: where pages lie; on CUDA the thread's own work gets a stream of its own."""
+        self.links = links
+        self.sender = sender
+        self.receiver = receiver
+        self._transports = dict(transports)
+        self._emit = emit
+        self._clock = clock
+        self._device = device
+        self._commands: deque[Callable[[], None]] = deque()
+        self._signal = threading.Event()
+        self._stopping = False
+        self._last_tick = clock()
+        for transport in self._transports.values():
+            transport.bind(self._signal.set)
+        self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits for the thread's end, then closes the transports."""
+        self._stopping = True
+        self._signal.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for transport in self._transports.values():
+            transport.close()
+
+    def do(self, command: Callable[[], None]) -> None:
+        """Any thread: runs `command` on this one, in order, soon."""
+        self._commands.append(command)
+        self._signal.set()
+
+    def wake(self) -> None:
+        """Any thread: makes this one look around now."""
+        self._signal.set()
+
+    def _run(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            # a stream of its own: digests before sending neither wait for nor delay the model's
+            torch.cuda.set_device(self._device)
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        pause = MIN_POLL_S
+        while not self._stopping:
+            try:
+                worked = self.step()
+            except Exception as error:
+                logger.exception("the KV transfer thread stopped")
+                self._emit(TransferThreadFailed(detail=f"{type(error).__name__}: {error}"))
+                return
+            pause = MIN_POLL_S if worked else min(pause * 2, MAX_POLL_S)
+            self._signal.wait(self._pause(pause))
+            self._signal.clear()
+
+    def _pause(self, active_pause: float) -> float:
+        alive = bool(self.sender.active or self.receiver.active)
+        if any(t.polled and t.busy() for t in self._transports.values()):
+            return active_pause
+        if self.links.any_polled:
+            return active_pause if alive else IDLE_POLL_S
+        return TICK_S if alive else ASLEEP_S
+
+    def step(self) -> bool:
+        """One round of commands, transports and leases; whether anything happened."""
+        worked = False
+        while self._commands:
+            self._commands.popleft()()
+            worked = True
+        for transport in self._transports.values():
+            for event in transport.poll():
+                self._dispatch(transport, event)
+                worked = True
+        if self._clock() - self._last_tick >= TICK_S:
+            self._last_tick = self._clock()
+            self.sender.tick()
+            self.receiver.tick()
+        return worked
+
+    def _dispatch(self, transport: Transport, event: TransportEvent) -> None:
+        match event:
+            case MessageArrived(peer, data):
+                if self.links.get(peer) is transport:
+                    self.on_message(peer, data)
+                else:
+                    self.links.dropped["unknown_peer"] += 1
+            case WriteDone(write_id):
+                self.sender.on_write_done(transport.name, write_id)
+            case WriteFailed(write_id, reason):
+                self.sender.on_write_failed(transport.name, write_id, reason)
+            case PeerLost(peer, reason):
+                if self.links.get(peer) is transport:
+                    self.detach(peer, reason, proven_dead=False)
+                    self._emit(PeerDetached(peer=peer, reason=reason))
+
+    def on_message(self, peer: str, data: bytes) -> None:
+        try:
+            message = kv_pb2.KvMessage.FromString(data)
+        except Exception:  # protobuf's DecodeError has no public base that is stable
+            self.links.dropped["malformed"] += 1
+            return
+        kind = message.WhichOneof("kind")
+        if kind in ("written", "complete") or (kind == "failed" and message.failed.from_writer):
+            self.receiver.on_message(peer, message)
+        elif kind in ("credit", "ack", "failed"):
+            self.sender.on_message(peer, message)
+        else:
+            self.links.dropped["malformed"] += 1
+
+    def attach(self, peer: str, name: str, offer: bytes) -> None:
+        transport = self._transports.get(name)
+        if transport is None:
+            reason = f"transport {name} is not available here"
+            self._emit(PeerAttached(peer=peer, ok=False, reason=reason))
+            return
+        if self.links.get(peer) is not None:
+            self.detach(peer, "a new session of the same instance", proven_dead=False)
+        try:
+            transport.connect(peer, offer)
+        except TransportError as error:
+            self._emit(PeerAttached(peer=peer, ok=False, reason=error.message))
+            return
+        self.links.attach(peer, transport)
+        self._emit(PeerAttached(peer=peer, ok=True, reason=""))
+
+    def detach(self, peer: str, reason: str, *, proven_dead: bool) -> None:
+        transport = self.links.detach(peer)
+        writes_ended = proven_dead or (transport is not None and transport.loss_ends_writes)
+        if transport is not None:
+            transport.disconnect(peer)
+        self.sender.on_peer_gone(peer, reason, proven_dead=proven_dead)
+        self.receiver.on_peer_gone(peer, reason, writes_ended=writes_ended)

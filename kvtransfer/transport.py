@@ -1,0 +1,116 @@
+"""The interface that every transport fulfils: write pages into a peer's slots, carry messages.
+
+A transport knows nothing of requests, tickets or states; it moves bytes and says what became of
+them. Exactly one thread drives it (the transfer thread), so no method blocks for long; only
+`bind`ed wake-ups may come from elsewhere.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NewType
+
+import torch
+
+WriteId = NewType("WriteId", int)
+"""Unique within one transport's life."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageArrived:
+    """A peer's message; if it came with a write, all bytes of that write are in place."""
+
+    peer: str
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """All bytes are in place at the peer, and the source pages are no longer read."""
+
+    write_id: WriteId
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailed:
+    """The write ended without success; the source pages are no longer read, but some bytes may
+    have landed."""
+
+    write_id: WriteId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The transport cannot reach the peer any more. Writes to it still end one by one."""
+
+    peer: str
+    reason: str
+
+
+TransportEvent = MessageArrived | WriteDone | WriteFailed | PeerLost
+
+
+class Transport(ABC):
+    """One way to move pages."""
+
+    name: ClassVar[str]
+    """As in configuration, offers and answers: nixl, grpc, ..."""
+
+    polled: ClassVar[bool]
+    """Whether events appear only by polling; False: `wake` is called when there is one."""
+
+    loss_ends_writes: ClassVar[bool]
+    """Whether a lost session proves that nothing of the peer can land any more."""
+
+    landing: torch.Tensor | None = None
+    """Memory that peers' writes land in, [slots, page_bytes] uint8; None on a side that exposes
+    none."""
+
+    @abstractmethod
+    def bind(self, wake: Callable[[], None]) -> None:
+        """Called once, by the agent, before anything else: `wake()` makes the transfer thread
+        poll; it may be called from any thread."""
+
+    @abstractmethod
+    def local_offer(self) -> bytes:
+        """What a peer needs in order to `connect` here; the front sends it at registration."""
+
+    @abstractmethod
+    def connect(self, peer: str, offer: bytes) -> None:
+        """Called when a peer's front has chosen this transport, before any message to or from it.
+
+        Makes the connection now, so that no handshake is on a request's path. Raises
+        TransportError where the offer does not fit.
+        """
+
+    @abstractmethod
+    def disconnect(self, peer: str) -> None:
+        """Called when the peer is gone. Its unfinished writes still end as WriteDone or
+        WriteFailed; until then their source pages are read. Unknown peers are ignored."""
+
+    @abstractmethod
+    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+        """Starts copying (source page -> landing slot at the peer), then delivers `message`.
+
+        Called only for slots that the peer has granted. Raises TransportError where it cannot
+        start; nothing has been read then.
+        """
+
+    @abstractmethod
+    def send(self, peer: str, message: bytes) -> None:
+        """Delivers a message without bytes. Raises TransportError where the peer is unreachable
+        at once; a later loss appears as PeerLost."""
+
+    @abstractmethod
+    def poll(self) -> list[TransportEvent]:
+        """Makes progress; what happened since the last call, in order for each peer."""
+
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether writes are under way."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Called once, at the end. Memory under unfinished writes must outlive the process's
+        other uses of it; a transport that cannot stop them keeps it alive itself."""

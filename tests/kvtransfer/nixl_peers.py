@@ -1,0 +1,163 @@
+"""Two real processes that hand KV over through NIXL; each obeys its test through a pipe."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from kvtransfer.agent import TransferAgent
+from kvtransfer.digest import copy_and_digest, digest_pages, seals_of
+from kvtransfer.events import (
+    KvEvent,
+    PagesLanded,
+    PeerAttached,
+    SourceReleased,
+    TransferCompleted,
+    TransferFailedEvent,
+)
+from kvtransfer.layout import PageLayout
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.window import LandingWindow
+
+LAYOUT = PageLayout(layers=4, page_size=16, kv_heads=4, head_dim=64, itemsize=4)
+"""Pages of 128 KiB."""
+PAGES = 64
+SLOTS = 16
+LEASE_S = 4.0
+
+
+def checksum(pool: torch.Tensor, pages: int) -> str:
+    return hashlib.sha256(pool[:pages].numpy().tobytes()).hexdigest()
+
+
+def prefill_main(pipe: Connection, instance: str) -> None:
+    """Sends pages 0..n of its pool for each ticket it is given."""
+    torch.set_num_threads(1)
+    pool = torch.randint(0, 256, (PAGES, LAYOUT.page_bytes), dtype=torch.uint8)
+    transport = NixlTransport(instance_id=instance, pool=pool, landing=None)
+    agent = TransferAgent(
+        instance_id=instance, layout=LAYOUT, transports={"nixl": transport}, pool=pool, window=None
+    )
+    kill_after: list[int] = []
+
+    def command(name: str, argument: Any) -> None:
+        if name == "ticket":
+            ticket: Ticket = argument
+            pages = LAYOUT.pages_of(ticket.total_tokens)
+            valid = [LAYOUT.valid_tokens(i, ticket.total_tokens) for i in range(pages)]
+            seals = seals_of(digest_pages(pool, list(range(pages)), valid, LAYOUT))
+            agent.open(ticket)
+            sealed = [
+                SourcePage(page=i, position=i, valid_tokens=valid[i], seal=seals[i])
+                for i in range(pages)
+            ]
+            agent.push(ticket.request_id, sealed)
+            agent.complete(ticket.request_id, 42)
+            pipe.send(("checksum", checksum(pool, pages)))
+        elif name == "die_after_more_bytes":
+            kill_after.append(agent.stats().bytes_sent + argument)
+
+    def event(happened: KvEvent) -> None:
+        if isinstance(happened, SourceReleased):
+            pipe.send(("released", happened.request_id))
+
+    def idle() -> None:
+        if kill_after and agent.stats().bytes_sent >= kill_after[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _serve(pipe, agent, command, event, idle)
+
+
+def decode_main(pipe: Connection, instance: str) -> None:
+    """Grants tickets, copies and verifies what lands."""
+    torch.set_num_threads(1)
+    pool = torch.zeros((PAGES, LAYOUT.page_bytes), dtype=torch.uint8)
+    window = LandingWindow(torch.zeros((SLOTS, LAYOUT.page_bytes), dtype=torch.uint8))
+    transport = NixlTransport(instance_id=instance, pool=None, landing=window.memory)
+    agent = TransferAgent(
+        instance_id=instance,
+        layout=LAYOUT,
+        transports={"nixl": transport},
+        pool=None,
+        window=window,
+        lease_s=LEASE_S,
+    )
+    kill_after: list[int] = []
+    pages_of: dict[str, int] = {}
+
+    def command(name: str, argument: Any) -> None:
+        if name == "grant":
+            request, tokens = argument
+            pages_of[request] = LAYOUT.pages_of(tokens)
+            ticket = agent.grant(
+                request_id=request,
+                writer="p",
+                total_pages=pages_of[request],
+                total_tokens=tokens,
+                prefix_len=0,
+                token_hash=b"",
+            )
+            pipe.send(("ticket", ticket))
+        elif name == "die_after_pages":
+            kill_after.append(argument)
+        elif name == "slots":
+            counts = window.counts()
+            pipe.send(("slots", (counts.free, counts.granted, counts.quarantined)))
+
+    def event(happened: KvEvent) -> None:
+        if isinstance(happened, PagesLanded):
+            slots = [page.slot for page in happened.pages]
+            positions = [page.position for page in happened.pages]
+            valid = [page.valid_tokens for page in happened.pages]
+            digests = copy_and_digest(happened.window, slots, pool, positions, valid, LAYOUT)
+            if kill_after and sum(p >= kill_after[0] for p in positions):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if seals_of(digests) != [page.seal for page in happened.pages]:
+                agent.reject(happened.request_id, "digest")
+            else:
+                agent.accept(happened.request_id, positions)
+        elif isinstance(happened, TransferCompleted):
+            checksums = checksum(pool, pages_of[happened.request_id])
+            pipe.send(("completed", (happened.first_token, happened.total_bytes, checksums)))
+
+    _serve(pipe, agent, command, event, lambda: None)
+
+
+def _serve(
+    pipe: Connection,
+    agent: TransferAgent,
+    command: Callable[[str, Any], None],
+    event: Callable[[KvEvent], None],
+    idle: Callable[[], None],
+) -> None:
+    pipe.send(("offer", agent.local_offers()["nixl"]))
+    agent.start()
+    with contextlib.suppress(EOFError):
+        while True:
+            while pipe.poll():
+                name, argument = pipe.recv()
+                if name == "stop":
+                    agent.close()
+                    pipe.send(("stopped", None))
+                    return
+                if name == "connect":
+                    agent.peer_connected(argument[0], "nixl", argument[1])
+                elif name == "gone":
+                    agent.peer_gone(argument[0], "process exited", proven_dead=argument[1])
+                else:
+                    command(name, argument)
+            for happened in agent.poll_events():
+                if isinstance(happened, TransferFailedEvent):
+                    pipe.send(("failed", (happened.failure.name, happened.quiesced)))
+                if isinstance(happened, PeerAttached):
+                    pipe.send(("attached", happened.ok))
+                event(happened)
+            idle()
+            time.sleep(0.0005)
