@@ -1,0 +1,119 @@
+"""Settings of the router, one dataclass: flags, BATON_* variables and YAML all fill it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Everything that the router needs to start; every field has a default."""
+
+    http_host: str = "127.0.0.1"
+    """Address on which the OpenAI-compatible HTTP door listens."""
+
+    http_port: int = 8000
+    """TCP port of the HTTP door; 0 picks a free one."""
+
+    grpc_host: str = "127.0.0.1"
+    """Address on which the gRPC door and the workers' registry listen."""
+
+    grpc_port: int = 50051
+    """TCP port of the gRPC door; 0 picks a free one."""
+
+    tokenizer: str = ""
+    """Directory with tokenizer.json (or that file); empty: the first registered worker's model."""
+
+    served_model_name: str = ""
+    """Name under which clients ask for the model; empty: the name that workers register."""
+
+    max_queued_requests: int = 1024
+    """Most requests in the router, waiting or running; one more is refused (429)."""
+
+    max_message_bytes: int = 16 << 20
+    """Largest gRPC message accepted from a client or a worker. Bytes."""
+
+    max_body_bytes: int = 16 << 20
+    """Largest HTTP body; a larger one is refused with 413. Bytes."""
+
+    body_timeout_s: float = 30.0
+    """Longest a client may take to send an HTTP body. Seconds."""
+
+    max_buffered_tokens: int = 8192
+    """Tokens kept for a client that reads slower than they come; one more ends its request."""
+
+    write_timeout_s: float = 30.0
+    """Longest one write to a client may block before its request is ended. Seconds."""
+
+    request_timeout_s: float = 600.0
+    """Longest a request may take; a client's own, shorter deadline counts. Seconds."""
+
+    max_reserve_wait_s: float = 25.0
+    """Longest a request waits for decode memory before it is refused; below prefill's own 30 s
+    wait for a ticket. Seconds."""
+
+    max_replays: int = 3
+    """How often a request is replayed on other workers before its error reaches the client."""
+
+    replay_wait_s: float = 0.5
+    """How long a replay waits for a usable pair where none is left; together with
+    silence_timeout_s it stays below 5 s. Seconds."""
+
+    heartbeat_interval_s: float = 1.0
+    """How often a worker tells the registry that it lives. Seconds."""
+
+    heartbeat_timeout_s: float = 5.0
+    """Without a heartbeat for this long, a lost worker is not dialled again. Seconds."""
+
+    forget_lost_s: float = 30.0
+    """A lost worker without heartbeats leaves the list of workers after this. Seconds."""
+
+    ping_interval_s: float = 0.5
+    """How often the router pings a worker on its session. Seconds."""
+
+    silence_timeout_s: float = 2.5
+    """A worker that says nothing for this long is lost, and its requests move on. Seconds."""
+
+    status_timeout_s: float = 0.5
+    """Longest GET /workers waits for one worker's fresh figures. Seconds."""
+
+    drain_timeout_s: float = 30.0
+    """Longest a stopping router waits for its running requests. Seconds."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message that is logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ValueError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.max_replays < 0:
+            raise ValueError(f"max_replays must not be negative, not {self.max_replays}")
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.ping_interval_s >= self.silence_timeout_s:
+            raise ValueError(
+                f"ping_interval_s ({self.ping_interval_s}) must be below silence_timeout_s "
+                f"({self.silence_timeout_s}), or healthy workers look lost"
+            )
+
+
+POSITIVE = (
+    "max_queued_requests",
+    "max_message_bytes",
+    "max_body_bytes",
+    "body_timeout_s",
+    "max_buffered_tokens",
+    "write_timeout_s",
+    "request_timeout_s",
+    "max_reserve_wait_s",
+    "replay_wait_s",
+    "heartbeat_interval_s",
+    "heartbeat_timeout_s",
+    "forget_lost_s",
+    "ping_interval_s",
+    "silence_timeout_s",
+    "status_timeout_s",
+    "drain_timeout_s",
+)
+"""Fields that mean nothing at zero or below."""

@@ -1,0 +1,218 @@
+"""What both doors stand on: admission, the live requests, the model, the workers."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from importlib import metadata
+
+from protos.errors import BatonError, ErrorCode
+from router.config import RouterConfig
+from router.fleet import Fleet, ModelFacts
+from router.journey import Journey
+from router.metrics import RouterMetrics
+from router.policy import LeastLoaded, Policy
+from router.registry import WorkerRegistry
+from router.request import (
+    GenerationRequest,
+    RequestSpec,
+    check_priority,
+    check_prompt,
+    check_request_id,
+    resolve_sampling,
+)
+from router.tokenizer import TextCodec, TokenizerSource
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_FULL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that has its place; its journey has to be closed."""
+
+    journey: Journey
+    codec: TextCodec | None
+
+
+class Router:
+    """One router, whatever doors lead to it."""
+
+    def __init__(
+        self, config: RouterConfig, registry: WorkerRegistry, *, policy: Policy | None = None
+    ) -> None:
+        self.config = config
+        self.started_at = time.time()
+        """Unix seconds."""
+        self.fleet = Fleet(registry, config=config)
+        self.metrics = RouterMetrics(self.fleet)
+        self.tokenizers = TokenizerSource(config.tokenizer)
+        self.draining = False
+        """Set when the router stops: what runs may finish, nothing new is taken."""
+        self._policy = policy or LeastLoaded()
+        self._live: dict[str, Journey | None] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def live(self) -> int:
+        """Requests in the router, waiting or running."""
+        return len(self._live)
+
+    def why_not_ready(self) -> str:
+        """Empty while requests can be served; else what is missing."""
+        return "the router is stopping" if self.draining else self.fleet.why_unusable()
+
+    async def admit(self, spec: RequestSpec) -> Admitted:
+        """Checks a request and gives it a place. Close the journey, whatever happens.
+
+        Raises:
+            BatonError: INVALID_ARGUMENT (bad input), NOT_FOUND (another model), ALREADY_EXISTS (the
+                id is live), RESOURCE_EXHAUSTED (too many requests), UNAVAILABLE (no workers).
+        """
+        arrived_at = time.monotonic()
+        try:
+            return await self._admit(spec, arrived_at)
+        except BatonError as error:
+            self.metrics.refused(error.code.value.lower())
+            raise
+
+    async def _admit(self, spec: RequestSpec, arrived_at: float) -> Admitted:
+        request_id = check_request_id(spec.request_id)
+        self._check_room(request_id)
+        self._live[request_id] = None
+        self._idle.clear()
+        self.metrics.in_flight = len(self._live)
+        try:
+            model = self.model(spec.model)
+            ids, codec = await self._tokens(spec, model)
+            check_prompt(ids, model=model)
+            request = GenerationRequest(
+                request_id=request_id,
+                model=model.name,
+                prompt_ids=ids,
+                sampling=resolve_sampling(spec, prompt_tokens=len(ids), model=model),
+                priority=check_priority(spec.priority),
+                arrived_at=arrived_at,
+                deadline=arrived_at + self._timeout_s(spec),
+            )
+            journey = Journey(
+                request,
+                fleet=self.fleet,
+                policy=self._policy,
+                config=self.config,
+                detokenizer=codec.detokenizer() if codec is not None else None,
+                on_tokens=self.metrics.on_tokens,
+                on_close=self._closed,
+            )
+        except BaseException:
+            self._release(request_id)
+            raise
+        self._live[request_id] = journey
+        return Admitted(journey, codec)
+
+    def _check_room(self, request_id: str) -> None:
+        if self.draining:
+            raise BatonError(
+                ErrorCode.UNAVAILABLE, "the router is stopping", retry_after_s=RETRY_AFTER_FULL_S
+            )
+        if request_id in self._live:
+            raise BatonError(
+                ErrorCode.ALREADY_EXISTS,
+                f"a request with id {request_id} is running",
+                param="request_id",
+            )
+        if len(self._live) >= self.config.max_queued_requests:
+            raise BatonError(
+                ErrorCode.RESOURCE_EXHAUSTED,
+                f"the router holds {len(self._live)} requests, its limit (max_queued_requests); "
+                "try again later",
+                retry_after_s=RETRY_AFTER_FULL_S,
+            )
+
+    def _timeout_s(self, spec: RequestSpec) -> float:
+        limit_s = self.config.request_timeout_s
+        return limit_s if spec.timeout_s is None else min(spec.timeout_s, limit_s)
+
+    async def _tokens(
+        self, spec: RequestSpec, model: ModelFacts
+    ) -> tuple[list[int], TextCodec | None]:
+        if isinstance(spec.prompt, str):
+            if not spec.prompt:
+                raise BatonError(ErrorCode.INVALID_ARGUMENT, "the prompt is empty", param="prompt")
+            codec = await self.tokenizers.get(model.path)
+            return await codec.encode(spec.prompt), codec
+        return list(spec.prompt), await self.tokenizers.find(model.path)
+
+    def model(self, name: str = "") -> ModelFacts:
+        """The model of that name; empty: the one served.
+
+        Raises:
+            BatonError: NOT_FOUND, or UNAVAILABLE while no worker has registered.
+        """
+        model = self.fleet.model()
+        if model is None:
+            raise BatonError(
+                ErrorCode.UNAVAILABLE, "no worker has registered yet", retry_after_s=1.0
+            )
+        if name and name != model.name:
+            raise BatonError(
+                ErrorCode.NOT_FOUND,
+                f"the model '{name}' does not exist; this router serves '{model.name}'",
+                param="model",
+            )
+        return model
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a running request. False: none of that id is running."""
+        journey = self._live.get(request_id)
+        if journey is None:
+            return False
+        journey.abort()
+        return True
+
+    async def wait_until_idle(self, timeout_s: float) -> bool:
+        """Whether the last request ended within that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return not self._live
+
+    def fail_all(self, error: BatonError) -> None:
+        """Ends what still runs, at the end of a drain."""
+        for journey in list(self._live.values()):
+            if journey is not None:
+                journey.fail(error)
+
+    def _closed(self, journey: Journey) -> None:
+        self._release(journey.request.request_id)
+        self.metrics.on_close(journey, output_tokens=journey.output_tokens)
+        logger.info(
+            "request %s ended: %s, %d prompt and %d output tokens, %d replays",
+            journey.request.request_id,
+            journey.outcome,
+            len(journey.request.prompt_ids),
+            journey.output_tokens,
+            journey.replays,
+            extra={"request_id": journey.request.request_id, "outcome": journey.outcome},
+        )
+
+    def _release(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+        if not self._live:
+            self._idle.set()
+        self.metrics.in_flight = len(self._live)
+
+    async def close(self) -> None:
+        await self.fleet.close()
+        await self.tokenizers.close()
+
+
+def version() -> str:
+    """Of the installed distribution; "0" where Baton runs from a bare source tree."""
+    try:
+        return metadata.version("baton-serve")
+    except metadata.PackageNotFoundError:
+        return "0"

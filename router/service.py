@@ -1,0 +1,147 @@
+"""The gRPC door: translates, and maps errors to statuses at its edge."""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import grpc
+
+from protos.baton.v1 import inference_pb2, inference_pb2_grpc
+from protos.errors import BatonError, ErrorCode
+from protos.version import PROTOCOL_VERSION
+from router.core import Router, version
+from router.output import Delta
+from router.request import RequestSpec
+from router.stall import StallGuard
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "baton.v1.Inference"
+RETRY_AFTER_KEY = "retry-after"
+"""Trailing metadata: seconds after which another try makes sense."""
+PARAM_KEY = "baton-param"
+"""Trailing metadata: the request's field at fault."""
+
+Context = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """baton.v1.Inference over one router."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        try:
+            await self._generate(request, context)
+        except BatonError as error:
+            await abort(context, error)
+        except asyncio.CancelledError:
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            logger.exception("request %s broke the router's code", request.request_id)
+            await abort(context, BatonError(ErrorCode.INTERNAL, "an error inside the router"))
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        spec = spec_of(request, timeout_s=context.time_remaining())
+        admitted = await self._router.admit(spec)
+        with contextlib.closing(admitted.journey) as journey:
+            request_id = journey.request.request_id
+            try:
+                with StallGuard(self._router.config.write_timeout_s) as guard:
+                    async with contextlib.aclosing(journey.deltas()) as deltas:
+                        async for delta in deltas:
+                            guard.begin()
+                            await context.write(response_of(delta, request_id))
+                            guard.end()
+            except TimeoutError as error:
+                raise BatonError(
+                    ErrorCode.RESOURCE_EXHAUSTED, f"request {request_id}: {error}"
+                ) from error
+
+    async def Abort(
+        self, request: inference_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.AbortResponse:
+        return inference_pb2.AbortResponse(found=self._router.abort(request.request_id))
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.ListModelsResponse:
+        model = self._router.fleet.model()
+        if model is None:
+            return inference_pb2.ListModelsResponse()
+        card = inference_pb2.ModelCard(
+            id=model.name,
+            created=int(self._router.started_at),
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+        )
+        return inference_pb2.ListModelsResponse(models=[card])
+
+    async def GetServerInfo(
+        self,
+        request: inference_pb2.GetServerInfoRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> inference_pb2.GetServerInfoResponse:
+        await self._router.fleet.refresh()
+        return inference_pb2.GetServerInfoResponse(
+            version=version(),
+            protocol_version=PROTOCOL_VERSION,
+            workers=[record.info() for record in self._router.fleet.registry.workers()],
+        )
+
+
+def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) -> RequestSpec:
+    """Raises BatonError (INVALID_ARGUMENT) for a request without a prompt."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise BatonError(
+            ErrorCode.INVALID_ARGUMENT, "give a prompt: text or token_ids", param="prompt"
+        )
+    sampling = request.sampling
+    return RequestSpec(
+        prompt=request.text if kind == "text" else request.token_ids.ids,
+        request_id=request.request_id,
+        model=request.model,
+        temperature=sampling.temperature if sampling.HasField("temperature") else None,
+        top_p=sampling.top_p if sampling.HasField("top_p") else None,
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        priority=request.priority,
+        timeout_s=timeout_s,
+    )
+
+
+def response_of(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse:
+    response = inference_pb2.GenerateResponse(
+        request_id=request_id,
+        tokens=[
+            inference_pb2.Token(index=token.index, id=token.id, logprob=token.logprob)
+            for token in delta.tokens
+        ],
+        text=delta.text,
+    )
+    if delta.last:
+        response.finish_reason = delta.finish_reason
+        response.usage.CopyFrom(delta.usage)
+        response.report.CopyFrom(delta.report)
+        if delta.stop_token_id is not None:
+            response.stop_token_id = delta.stop_token_id
+    return response
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BatonError) -> None:
+    """Ends the call with the error's status, and hints as trailing metadata."""
+    hints: list[tuple[str, str]] = []
+    if error.retry_after_s > 0:
+        hints.append((RETRY_AFTER_KEY, f"{error.retry_after_s:g}"))
+    if error.param:
+        hints.append((PARAM_KEY, error.param))
+    await context.abort(grpc.StatusCode[error.code.value], error.message, tuple(hints))

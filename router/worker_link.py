@@ -1,0 +1,322 @@
+"""One worker's session: requests go out, tokens come back, and silence is noticed.
+
+A hung process keeps its sockets open, so a broken connection is not the only sign of death: the
+worker must also answer pings. When it does not, every request on it is told at once, and the
+link dials again for as long as the worker's heartbeats arrive at the registry.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import grpc
+
+from protos.baton.v1 import worker_pb2
+from protos.version import PROTOCOL_VERSION
+from router.config import RouterConfig
+from router.registry import WorkerRecord
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.1
+LAST_BACKOFF_S = 2.0
+MAX_MESSAGE_BYTES = 64 << 20
+"""Both ways between router and workers: a prompt's ids travel as varints, some 3 bytes each."""
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A new dial must not wait for the back-off of the one before, so channels share nothing.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+Session = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
+WorkKey = tuple[str, int]
+"""(request id, attempt): what an earlier attempt left behind never reaches a later one."""
+
+
+class SessionLost(Exception):
+    """The session cannot go on; the message says why."""
+
+
+class WorkSink(Protocol):
+    """Who takes what a worker says of one piece of work. Called in the loop, never waits."""
+
+    def on_reserved(self, link: "WorkerLink", reserved: worker_pb2.Reserved) -> None: ...
+
+    def on_output(self, link: "WorkerLink", output: worker_pb2.RequestOutput) -> None: ...
+
+    def on_failed(self, link: "WorkerLink", failed: worker_pb2.WorkFailed) -> None: ...
+
+    def on_lost(self, link: "WorkerLink", reason: str) -> None:
+        """The worker is lost; nothing follows for this piece of work."""
+        ...
+
+
+class WorkerLink:
+    """The router's end of one worker's session."""
+
+    def __init__(
+        self,
+        record: WorkerRecord,
+        *,
+        router_id: str,
+        config: RouterConfig,
+        on_change: Callable[["WorkerLink"], None],
+    ) -> None:
+        self.record = record
+        self.pending_tokens = 0
+        """Prompt tokens given to this worker that have not become a first token yet."""
+        self.told_peers: worker_pb2.PeerUpdate | None = None
+        """What a prefill worker was told of decode workers in this session; the fleet's to set."""
+        self._router_id = router_id
+        self._config = config
+        self._on_change = on_change
+        self._work: dict[WorkKey, WorkSink] = {}
+        self._tokens: dict[WorkKey, int] = {}
+        self._outgoing: asyncio.Queue[worker_pb2.RouterMessage] = asyncio.Queue()
+        self._nonces = itertools.count(1)
+        self._last_heard = 0.0
+        self._channel: grpc.aio.Channel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._heartbeat = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def requests(self) -> int:
+        """Pieces of work that this router has on the worker."""
+        return len(self._work)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"link {self.id}")
+
+    async def close(self, reason: str) -> None:
+        """Ends the session; work on it is lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._down(reason)
+
+    # ---- work -----------------------------------------------------------------------------------
+
+    def attach(self, key: WorkKey, sink: WorkSink, *, prompt_tokens: int = 0) -> None:
+        """Routes what the worker says about `key` to `sink`, until `detach` or its loss."""
+        self._work[key] = sink
+        if prompt_tokens:
+            self._tokens[key] = prompt_tokens
+            self.pending_tokens += prompt_tokens
+
+    def settle(self, key: WorkKey) -> None:
+        """The prompt is computed: it no longer counts as pending."""
+        self.pending_tokens -= self._tokens.pop(key, 0)
+
+    def detach(self, key: WorkKey) -> None:
+        """Nothing about `key` reaches its sink any more; an unknown key is no error."""
+        self._work.pop(key, None)
+        self.settle(key)
+
+    def send(self, message: worker_pb2.RouterMessage) -> None:
+        """Queues a message; dropped where the session is down (the sinks have been told)."""
+        if self.record.connected:
+            self._outgoing.put_nowait(message)
+
+    async def get_status(self, *, timeout_s: float) -> worker_pb2.WorkerStatus:
+        """Asks the worker for its figures now. Raises grpc.RpcError or SessionLost."""
+        channel = self._channel
+        if channel is None or not self.record.connected:
+            raise SessionLost(f"worker {self.id} is not connected")
+        call = channel.unary_unary(
+            "/baton.v1.Worker/GetStatus",
+            request_serializer=worker_pb2.GetStatusRequest.SerializeToString,
+            response_deserializer=worker_pb2.WorkerStatus.FromString,
+        )
+        return cast(
+            worker_pb2.WorkerStatus, await call(worker_pb2.GetStatusRequest(), timeout=timeout_s)
+        )
+
+    # ---- session --------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            started = time.monotonic()
+            try:
+                await self._session()
+            except (SessionLost, grpc.RpcError, OSError) as error:
+                reason = str(error) if not isinstance(error, grpc.RpcError) else _describe(error)
+            except Exception as error:
+                # Whatever broke, the requests must hear of it.
+                logger.exception("session with worker %s failed", self.id)
+                reason = repr(error)
+            self._down(reason)
+            if time.monotonic() - started > LAST_BACKOFF_S:
+                backoff_s = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+            await self._until_alive()
+
+    def on_heartbeat(self) -> None:
+        """The registry heard from the worker: a lost one is worth another dial."""
+        self._heartbeat.set()
+
+    async def _until_alive(self) -> None:
+        age_s = time.monotonic() - self.record.last_heartbeat
+        if age_s > self._config.heartbeat_timeout_s:
+            self._heartbeat.clear()
+            await self._heartbeat.wait()
+
+    async def _session(self) -> None:
+        """Runs one session to its end. Raises SessionLost or grpc.RpcError; never returns."""
+        async with grpc.aio.insecure_channel(
+            self.record.registration.address, options=CHANNEL_OPTIONS
+        ) as channel:
+            open_session = channel.stream_stream(
+                "/baton.v1.Worker/Session",
+                request_serializer=worker_pb2.RouterMessage.SerializeToString,
+                response_deserializer=worker_pb2.WorkerMessage.FromString,
+            )
+            call = cast(Session, open_session(None))
+            try:
+                async with asyncio.timeout(self._config.silence_timeout_s):
+                    await self._greet(call)
+            except TimeoutError:
+                raise SessionLost("it did not answer the session's hello") from None
+            self._channel = channel
+            self._up()
+            await self._converse(call)
+
+    async def _greet(self, call: Session) -> None:
+        hello = worker_pb2.SessionHello(
+            router_id=self._router_id, protocol_version=PROTOCOL_VERSION, instance_id=self.id
+        )
+        await call.write(worker_pb2.RouterMessage(hello=hello))
+        answer = await self._read(call)
+        if answer.WhichOneof("kind") != "hello" or answer.hello.instance_id != self.id:
+            raise SessionLost(f"another instance answers: {answer.hello.instance_id or 'unnamed'}")
+        if answer.hello.fingerprint != self.record.registration.fingerprint:
+            raise SessionLost("it answers with another fingerprint than it registered")
+        self.record.status = answer.hello.status
+
+    async def _converse(self, call: Session) -> None:
+        tasks = [
+            asyncio.create_task(self._receive(call)),
+            asyncio.create_task(self._transmit(call)),
+            asyncio.create_task(self._watch()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            call.cancel()
+
+    async def _read(self, call: Session) -> worker_pb2.WorkerMessage:
+        message = await call.read()
+        if not isinstance(message, worker_pb2.WorkerMessage):  # the stream's end
+            code, details = await call.code(), await call.details()
+            raise SessionLost(f"it ended the session: {code.name} {details or ''}".rstrip())
+        self._last_heard = time.monotonic()
+        return message
+
+    async def _receive(self, call: Session) -> None:
+        while True:
+            self._dispatch(await self._read(call))
+
+    async def _transmit(self, call: Session) -> None:
+        while True:
+            await call.write(await self._outgoing.get())
+
+    async def _watch(self) -> None:
+        """Pings, and raises SessionLost once the worker has been silent for too long."""
+        interval_s, limit_s = self._config.ping_interval_s, self._config.silence_timeout_s
+        while True:
+            ping = worker_pb2.Ping(nonce=next(self._nonces))
+            self._outgoing.put_nowait(worker_pb2.RouterMessage(ping=ping))
+            before = time.monotonic()
+            await asyncio.sleep(interval_s)
+            now = time.monotonic()
+            # Time for which this process itself stood still is not the worker's silence.
+            self._last_heard += max(0.0, now - before - 2 * interval_s)
+            if now - self._last_heard > limit_s:
+                raise SessionLost(f"it said nothing for {now - self._last_heard:.1f} s")
+
+    # ---- what the worker says -------------------------------------------------------------------
+
+    def _dispatch(self, message: worker_pb2.WorkerMessage) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "step":
+            for output in message.step.outputs:
+                sink = self._work.get((output.request_id, output.attempt))
+                if sink is not None:
+                    sink.on_output(self, output)
+        elif kind == "pong":
+            self._take_status(message.pong.status)
+        elif kind == "reserved":
+            sink = self._work.get((message.reserved.request_id, message.reserved.attempt))
+            if sink is not None:
+                sink.on_reserved(self, message.reserved)
+        elif kind == "failed":
+            sink = self._work.get((message.failed.request_id, message.failed.attempt))
+            if sink is not None:
+                sink.on_failed(self, message.failed)
+        elif kind == "peer":
+            self.record.peers[message.peer.instance_id] = message.peer
+            self._on_change(self)
+
+    def _take_status(self, status: worker_pb2.WorkerStatus) -> None:
+        before = self.record.state
+        self.record.status = status
+        if self.record.state != before:
+            self._on_change(self)
+
+    def _up(self) -> None:
+        self._outgoing = asyncio.Queue()
+        self.told_peers = None
+        self.record.peers.clear()
+        self.record.connected = True
+        self._last_heard = time.monotonic()
+        logger.info(
+            "session with %s worker %s at %s is up",
+            self.record.role_name,
+            self.id,
+            self.record.registration.address,
+        )
+        self._on_change(self)
+
+    def _down(self, reason: str) -> None:
+        self._channel = None
+        if not self.record.connected:
+            return
+        self.record.connected = False
+        self.record.lost_since = time.monotonic()
+        self.record.peers.clear()
+        work, self._work = self._work, {}
+        self._tokens.clear()
+        self.pending_tokens = 0
+        logger.warning(
+            "%s worker %s is lost, with %d requests: %s",
+            self.record.role_name,
+            self.id,
+            len(work),
+            reason,
+        )
+        self._on_change(self)
+        for sink in work.values():
+            sink.on_lost(self, reason)
+
+
+def _describe(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name} {error.details() or ''}".rstrip()
+    return repr(error)
