@@ -59,6 +59,10 @@ class WorkerConfig:
     mem_fraction: float = 0.85
     """Share of the GPU's memory for weights and KV pool together."""
 
+    cuda_graph_max_batch: int = 0
+    """Largest decode batch that is captured as a CUDA graph at start; larger ones, and all where
+    this is 0, run eagerly. Requests."""
+
     max_running_requests: int = 256
     """Most requests in one decode batch."""
 

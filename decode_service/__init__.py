@@ -1,0 +1,1 @@
+"""The decode role: promises memory, takes KV in through its landing window, generates."""

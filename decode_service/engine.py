@@ -1,0 +1,9 @@
+"""Entry point of a decode worker's engine process."""
+
+import sys
+
+from decode_service.role import DecodeRole
+from worker.engine_process import run_engine
+
+if __name__ == "__main__":
+    sys.exit(run_engine(sys.argv[1:], DecodeRole, receives_kv=True))

@@ -1,0 +1,295 @@
+"""Decode as a composition: the common scheduler, tickets, and the landing of KV.
+
+The scheduler polls this role at the start of every pass: what has landed is copied into the pool
+and verified, what is whole joins the running batch, and what waits for memory is admitted in
+order (scheduling.md section 5). Nobody but this thread writes the pool.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import EngineError, OutOfMemoryError
+from engine.memory.chain_hash import page_chain_hashes
+from engine.scheduler.admission import Promise
+from engine.scheduler.req import Req
+from engine.scheduler.role import OwnerKind
+from engine.types import RequestId
+from kvtransfer.digest import copy_and_digest, seals_of
+from kvtransfer.errors import NoSlotsError, TransferError
+from kvtransfer.events import KvEvent, PagesLanded, TransferCompleted, TransferFailedEvent
+from kvtransfer.states import TransferFailure
+from protos.baton.v1 import channel_pb2, worker_pb2
+from worker.engine_parts import EngineParts
+from worker.engine_role import FAILURE_CODES, EngineRole, split_rid
+
+DEFAULT_WAIT_S = 30.0
+"""How long a request may wait for memory where the router names no limit."""
+
+
+@dataclass(slots=True)
+class Reservation:
+    """A request that waits for memory."""
+
+    rid: RequestId
+    req: Req
+    writer: str
+    deadline: float
+    """time.monotonic() seconds."""
+
+
+@dataclass(slots=True)
+class Landing:
+    """A request whose ticket is out: its KV is on the way."""
+
+    req: Req
+    prefix: list[int]
+    """Pages of the prefix that is here already, locked in the tree."""
+    chain: list[bytes]
+    """Expected chain hash of each page, the prefix's included."""
+    pages: list[int] = field(default_factory=list)
+    """All pages of the request; bound when the first one lands, a promise until then."""
+    kv_bytes: int = 0
+    transport: str = ""
+    verify_s: float = 0.0
+    """Copy and check of the pages that landed last: what the handover waited for."""
+    verified: float = 0.0
+    completed: float = 0.0
+    """time.monotonic() seconds."""
+
+    @property
+    def own_pages(self) -> list[int]:
+        return self.pages[len(self.prefix) :]
+
+
+class DecodeRole(EngineRole):
+    """Runs in a decode engine."""
+
+    decodes = True
+
+    def __init__(self, parts: EngineParts) -> None:
+        super().__init__(parts)
+        self._waiting: deque[Reservation] = deque()
+        self._landings: dict[RequestId, Landing] = {}
+        self._joined: dict[RequestId, Landing] = {}
+        """Requests that landed, until their first token from here was sent."""
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def handle_request(self, message: channel_pb2.FrontToEngine) -> None:
+        if message.WhichOneof("kind") == "reserve":
+            self._accept(message.reserve)
+
+    def _accept(self, request: worker_pb2.ReserveRequest) -> None:
+        rid = self.arrive(request)
+        try:
+            req = self.make_req(request)
+            self.scheduler.check_request(req)
+        except EngineError as error:
+            self.refuse(rid, error)
+            self.done(rid)
+            return
+        if len(self._waiting) >= self.parts.config.max_queued_requests:
+            self._turn_away(rid, f"{len(self._waiting)} requests wait for decode memory already")
+            return
+        deadline = self.arrivals[rid] + (request.max_wait_s or DEFAULT_WAIT_S)
+        self._waiting.append(Reservation(rid, req, request.prefill_instance, deadline))
+        self._admit()
+
+    def _turn_away(self, rid: RequestId, why: str) -> None:
+        self.report_failure(rid, "RESOURCE_EXHAUSTED", why, retryable=False, retry_after_s=1.0)
+        self.done(rid)
+
+    def abort(self, rid: RequestId) -> None:
+        landing = self._landings.get(rid)
+        waiting = next((w for w in self._waiting if w.rid == rid), None)
+        if waiting is not None:
+            self._waiting.remove(waiting)
+            self.done(rid)
+        elif landing is not None:
+            self.agent.release(rid, TransferFailure.ABORTED, "the request was aborted")
+            self._forget_landing(rid)
+        elif not self.scheduler.abort_request(rid):
+            self.done(rid)
+
+    def _forget_landing(self, rid: RequestId) -> None:
+        """Peers never write the pool, so the pages may go at once; slots wait for their writer."""
+        landing = self._landings.pop(rid)
+        self.parts.memory.free_pages(landing.own_pages)
+        self.scheduler.unlock_prefix(landing.req)
+        self.done(rid)
+
+    # ---- admission ------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """FIFO; stops at the first that does not fit."""
+        while self._waiting:
+            head = self._waiting[0]
+            if time.monotonic() >= head.deadline:
+                self._waiting.popleft()
+                self._turn_away(head.rid, "no decode memory came free in time; try again later")
+            elif self._grant_if_it_fits(head):
+                self._waiting.popleft()
+            else:
+                return
+
+    def _grant_if_it_fits(self, head: Reservation) -> bool:
+        """True where the request leaves the queue: with a ticket, or with an error."""
+        req = head.req
+        prefix = self.scheduler.lock_prefix(req)
+        prefix_len = len(prefix) * self.parts.layout.page_size
+        slots = self.agent.stats().slots.free
+        if not self.scheduler.admission.can_admit(
+            req.seqlen, prefix_len, req.remaining_new_tokens, free_landing_slots=slots
+        ):
+            self.scheduler.unlock_prefix(req)
+            return False
+        try:
+            self._grant(head, prefix, prefix_len)
+        except NoSlotsError:
+            self.scheduler.unlock_prefix(req)
+            return False
+        except TransferError as error:
+            self.scheduler.unlock_prefix(req)
+            self.report_failure(head.rid, error.code.value, error.message, retryable=True)
+            self.done(head.rid)
+        return True
+
+    def _grant(self, head: Reservation, prefix: list[int], prefix_len: int) -> None:
+        req = head.req
+        chain = page_chain_hashes(req.fill_ids, self.parts.layout.page_size)
+        ticket = self.agent.grant(
+            request_id=head.rid,
+            writer=head.writer,
+            total_pages=len(chain),
+            total_tokens=req.seqlen,
+            prefix_len=prefix_len,
+            token_hash=chain[-1],
+            chain_hashes=chain[len(prefix) :],
+        )
+        self._landings[head.rid] = Landing(req, prefix, chain)
+        request_id, attempt = split_rid(head.rid)
+        reserved = worker_pb2.Reserved(
+            request_id=request_id,
+            attempt=attempt,
+            ticket=ticket.to_proto(),
+            reserve_ms=(time.monotonic() - self.arrivals[head.rid]) * 1e3,
+        )
+        self.parts.channel.send(channel_pb2.EngineToFront(reserved=reserved))
+
+    def promises(self) -> Iterable[Promise]:
+        return [
+            Promise(
+                prompt_len=landing.req.seqlen,
+                max_new_tokens=landing.req.remaining_new_tokens,
+                prefix_len=len(landing.prefix) * self.parts.layout.page_size,
+                pages_allocated=bool(landing.pages),
+            )
+            for landing in self._landings.values()
+        ]
+
+    # ---- landing --------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        super().poll()
+        self._admit()
+
+    def on_kv_event(self, event: KvEvent) -> None:
+        match event:
+            case PagesLanded():
+                self._on_landed(event)
+            case TransferCompleted():
+                self._on_completed(event)
+            case TransferFailedEvent(request_id=request_id, failure=failure, detail=detail):
+                rid = RequestId(request_id)
+                if rid in self._landings:
+                    code = FAILURE_CODES.get(failure, "UNAVAILABLE")
+                    self.report_failure(
+                        rid, code, f"its KV did not arrive: {detail}", retryable=True
+                    )
+                    self._forget_landing(rid)
+
+    def _on_landed(self, event: PagesLanded) -> None:
+        rid = RequestId(event.request_id)
+        landing = self._landings.get(rid)
+        if landing is None:
+            return
+        started = time.monotonic()
+        try:
+            if not landing.pages:
+                own = self.parts.memory.alloc_pages(len(landing.chain) - len(landing.prefix))
+                landing.pages = landing.prefix + own
+        except OutOfMemoryError as error:
+            self.agent.release(rid, TransferFailure.REFUSED, str(error))
+            self.report_failure(rid, error.code, str(error), retryable=True)
+            self._forget_landing(rid)
+            return
+        problem = self._copy_and_check(event, landing)
+        if problem:
+            self.agent.reject(rid, problem)
+            self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {problem}", retryable=True)
+            self._forget_landing(rid)
+            return
+        self.agent.accept(rid, [page.position for page in event.pages])
+        landing.verified = time.monotonic()
+        landing.verify_s = landing.verified - started
+
+    def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
+        """Copies slots into the request's pages; what is wrong with them, or nothing."""
+        digests = copy_and_digest(
+            event.window,
+            [page.slot for page in event.pages],
+            self.parts.kv_pool.as_bytes(),
+            [landing.pages[page.position] for page in event.pages],
+            [page.valid_tokens for page in event.pages],
+            self.parts.layout,
+        )
+        if not self.parts.config.verify_kv:
+            return ""
+        for page, seal in zip(event.pages, seals_of(digests), strict=True):
+            if page.chain_hash != landing.chain[page.position]:
+                return f"page {page.position} is of other tokens"
+            if page.seal != seal:
+                return f"page {page.position} is not what was sealed"
+        return ""
+
+    def _on_completed(self, event: TransferCompleted) -> None:
+        rid = RequestId(event.request_id)
+        landing = self._landings.pop(rid, None)
+        if landing is None:
+            return
+        landing.kv_bytes = event.total_bytes
+        landing.transport = event.transport
+        landing.completed = time.monotonic()
+        self._joined[rid] = landing
+        self.scheduler.add_prebuilt(landing.req, landing.pages, event.first_token)
+
+    def page_owners(self) -> Iterable[tuple[OwnerKind, Sequence[int]]]:
+        return [("in_use", landing.pages or landing.prefix) for landing in self._landings.values()]
+
+    # ---- readings -------------------------------------------------------------------------------
+
+    def done(self, rid: RequestId) -> None:
+        self._joined.pop(rid, None)
+        super().done(rid)
+
+    def worker_timing(self, rid: RequestId) -> worker_pb2.WorkerTiming:
+        landing = self._joined.pop(rid, None)
+        if landing is None:
+            return worker_pb2.WorkerTiming()
+        now, forward = time.monotonic(), landing.req.t_first_decode
+        return worker_pb2.WorkerTiming(
+            verify_ms=landing.verify_s * 1e3,
+            transfer_tail_ms=(landing.completed - landing.verified) * 1e3,
+            join_ms=(forward - landing.completed) * 1e3,
+            first_decode_step_ms=(now - forward) * 1e3,
+            kv_bytes=landing.kv_bytes,
+            transport=landing.transport,
+        )
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        status = super().status()
+        status.waiting += len(self._waiting)
+        status.transferring = len(self._landings)
+        return status

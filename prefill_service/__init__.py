@@ -1,0 +1,1 @@
+"""The prefill role: computes prompts in chunks and hands their KV over."""

@@ -1,0 +1,56 @@
+"""Seals of the prefill worker's pages, stored beside them.
+
+A page is sealed when it is computed. The seal is bound to the page's *generation* (bumped at every
+allocation) and to the hash of its token chain, so that a page which was freed and computed anew
+can never be sent under the seal of what it held before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.memory.page_allocator import PageAllocator
+from kvtransfer.digest import digest_pages, seals_of
+from kvtransfer.ticket import SourcePage
+from worker.engine_parts import EngineParts
+
+
+class StaleSourceError(Exception):
+    """A cached page no longer holds what it was sealed with: it must not be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seal:
+    generation: int
+    chain_hash: bytes
+    digest: bytes
+    valid_tokens: int
+
+
+class SealStore:
+    """One seal a page at most; a stale one is as good as none."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._allocator: PageAllocator = parts.memory.allocator
+        self._pool = parts.kv_pool.as_bytes()
+        self._layout = parts.layout
+        self._seals: dict[int, _Seal] = {}
+
+    def seal(self, pages: Sequence[int], chain: Sequence[bytes], valid: Sequence[int]) -> None:
+        """Seals pages whose KV was computed just now; waits for the device once."""
+        digests = seals_of(digest_pages(self._pool, pages, valid, self._layout))
+        for page, link, count, digest in zip(pages, chain, valid, digests, strict=True):
+            self._seals[page] = _Seal(self._allocator.generation(page), link, digest, count)
+
+    def source_page(self, page: int, *, position: int, chain_hash: bytes, valid: int) -> SourcePage:
+        """The page as the transfer takes it. Raises StaleSourceError unless it holds just that."""
+        seal = self._seals.get(page)
+        wanted = (self._allocator.generation(page), chain_hash, valid)
+        if seal is None or (seal.generation, seal.chain_hash, seal.valid_tokens) != wanted:
+            raise StaleSourceError(f"page {position} of the prompt is not what was sealed")
+        return SourcePage(
+            page=page,
+            position=position,
+            valid_tokens=valid,
+            seal=seal.digest,
+            chain_hash=chain_hash,
+        )

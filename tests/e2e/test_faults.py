@@ -1,0 +1,120 @@
+"""A worker may die, hang or be restarted: the client gets exact tokens or a typed error in 5 s."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from baton import Client
+from baton.errors import RequestError, Unavailable
+from tests.e2e.cluster import Cluster, running_cluster
+
+LIMIT_S = 5.0
+LONG = 400
+"""Tokens enough for a request to be alive while something is done to its workers."""
+
+
+@pytest.fixture(params=["nixl", "grpc"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def cluster(llama: Path, tmp_path: Path, transport: str) -> Iterator[Cluster]:
+    with running_cluster(llama, tmp_path, "--transport", transport) as running:
+        yield running
+
+
+@pytest.fixture
+def twins(llama: Path, tmp_path: Path) -> Iterator[Cluster]:
+    with running_cluster(llama, tmp_path, "--prefill", "2", "--decode", "2") as running:
+        yield running
+
+
+def _kill(worker: dict[str, object], number: signal.Signals = signal.SIGKILL) -> None:
+    pids = [worker["pid"], *worker["engine_pids"]]  # type: ignore[misc]
+    for pid in pids:
+        os.kill(int(pid), number)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_killing_the_only_decode_or_prefill_worker_is_a_typed_error(
+    cluster: Cluster, role: str
+) -> None:
+    with Client(cluster.grpc) as client:
+        stream = client.generate(
+            list(range(5, 150)), max_tokens=LONG, ignore_eos=True, temperature=0
+        )
+        next(stream)
+        victim = cluster.worker(role)
+        started = time.monotonic()
+        _kill(victim)
+        if role == "decode":
+            with pytest.raises(Unavailable):
+                for _ in stream:
+                    pass
+        else:
+            # The KV has left prefill: nothing of the running request needs it any more.
+            assert sum(len(chunk.tokens) for chunk in stream) >= LONG - 8
+        with pytest.raises(Unavailable):
+            client.complete([5, 6, 7], max_tokens=4, temperature=0)
+        if role == "decode":
+            assert time.monotonic() - started < 2 * LIMIT_S
+    cluster.wait_until_balanced()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_hung_worker_is_a_typed_error_within_five_seconds(cluster: Cluster, role: str) -> None:
+    victim = cluster.worker(role)
+    _kill(victim, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with Client(cluster.grpc) as client, pytest.raises(RequestError):
+            client.complete(list(range(5, 100)), max_tokens=8, temperature=0, timeout=20.0)
+        assert time.monotonic() - started < LIMIT_S
+    finally:
+        _kill(victim, signal.SIGCONT)
+    cluster.wait_until_ready()
+    with Client(cluster.grpc) as client:
+        assert (
+            len(client.complete([5, 6, 7], max_tokens=4, temperature=0, ignore_eos=True).token_ids)
+            == 4
+        )
+    cluster.wait_until_balanced()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_with_a_spare_worker_a_death_is_not_noticed(twins: Cluster, role: str) -> None:
+    prompt = list(range(5, 140))
+    with Client(twins.grpc) as client:
+        undisturbed = client.complete(prompt, max_tokens=LONG, temperature=0, ignore_eos=True)
+        tokens: list[int] = []
+        replays = 0
+        for chunk in client.generate(prompt, max_tokens=LONG, temperature=0, ignore_eos=True):
+            if not tokens:
+                busy = _busy(twins, role)
+                threading.Thread(target=_kill, args=(busy,)).start()
+            tokens += [token.id for token in chunk.tokens]
+            if chunk.report is not None:
+                replays = chunk.report.replays
+        assert tokens == undisturbed.token_ids
+        if role == "decode":
+            assert replays == 1
+    twins.wait_until_balanced()
+
+
+def _busy(cluster: Cluster, role: str) -> dict[str, object]:
+    """The worker of that role that runs the request; for prefill, any that is live."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        ready = [w for w in cluster.workers() if w["role"] == role and w["state"] == "ready"]
+        if role == "prefill":
+            return ready[0]
+        for worker in ready:
+            if worker["running"]:
+                return worker
+        assert time.monotonic() < deadline

@@ -1,0 +1,214 @@
+"""What an engine is made of, built from the worker's configuration: model, memory, transports."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.execution.device import resolve_device, resolve_dtype
+from engine.execution.model_runner import ModelRunner, load_model_runner
+from engine.memory.kv_pool import PageMajorKVPool
+from engine.memory.pools import MemoryPools, make_memory_pools
+from engine.model_config import ModelConfig
+from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.role import SchedulerRole
+from engine.scheduler.scheduler import Scheduler
+from kvtransfer.agent import TransferAgent
+from kvtransfer.layout import PageLayout, compatibility_fingerprint
+from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
+from worker.channel import EngineChannel
+from worker.config import WorkerConfig
+from worker.fingerprint import model_digest
+from worker.transports import TransferMemory, Transports, make_transports
+
+OUTBOX_SLOTS = 16
+"""Pages between source pool and gRPC stream: enough to keep the stream busy."""
+
+MIN_WINDOW_SLOTS, MAX_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 512, 8
+"""The window is this fraction of the pool; larger prompts stream through it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProcess:
+    """What the engine process inherits from its front."""
+
+    instance_id: str
+    channel: EngineChannel
+    window_fd: int
+    outbox_fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Everything that a role composes."""
+
+    config: WorkerConfig
+    process: EngineProcess
+    model_config: ModelConfig
+    runner: ModelRunner
+    kv_pool: PageMajorKVPool
+    memory: MemoryPools
+    layout: PageLayout
+    fingerprint: str
+    transports: Transports
+    agent: TransferAgent
+    device: torch.device
+
+    @property
+    def channel(self) -> EngineChannel:
+        return self.process.channel
+
+    def make_scheduler(self, role: SchedulerRole) -> Scheduler:
+        """The common scheduler, with this worker's limits; attaches itself to `role`."""
+        config = self.config
+        return Scheduler(
+            SchedulerConfig(
+                page_size=config.page_size,
+                context_length=self.model_config.context_length,
+                vocab_size=self.model_config.vocab_size,
+                chunked_prefill_size=config.chunked_prefill_size or None,
+                max_prefill_tokens=config.max_prefill_tokens,
+                max_running_requests=config.max_running_requests,
+                max_queued_requests=config.max_queued_requests,
+            ),
+            self.runner,
+            self.memory,
+            role,
+            self.device,
+        )
+
+    def ready(self) -> channel_pb2.EngineReady:
+        """What the front tells router and peers."""
+        window = self.transports.window
+        return channel_pb2.EngineReady(
+            model=worker_pb2.ModelDescription(
+                name=self.config.served_model_name or Path(self.config.model).name,
+                path=str(Path(self.config.model).resolve()),
+                context_length=self.model_config.context_length,
+                vocab_size=self.model_config.vocab_size,
+                eos_token_ids=self.model_config.eos_token_ids,
+                max_total_tokens=self.memory.allocator.total_tokens,
+                page_size=self.config.page_size,
+            ),
+            fingerprint=self.fingerprint,
+            transports=[
+                kv_pb2.TransportOffer(name=name, metadata=offer)
+                for name, offer in self.agent.local_offers().items()
+            ],
+            engine_pid=os.getpid(),
+            slot_bytes=self.layout.page_bytes,
+            slots=window.slots if window is not None else 0,
+            outbox_slots=self.transports.outbox_slots,
+        )
+
+    def deliver_message(self, peer: str, message: bytes) -> None:
+        """A KvMessage that came through the front."""
+        if self.transports.grpc is not None:
+            self.transports.grpc.on_message(peer, message)
+
+    def deliver_write_done(self, write_id: int, error: str) -> None:
+        """The front's answer to an order of the gRPC transport."""
+        if self.transports.grpc is not None:
+            self.transports.grpc.on_write_done(write_id, error)
+
+
+def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bool) -> EngineParts:
+    """Loads the model, takes the memory, opens the transports.
+
+    Raises EngineError or TransferError, worded for the operator.
+    """
+    device = resolve_device(config.device, config.device_index)
+    dtype = resolve_dtype(config.dtype, device)
+    _set_up_torch(device, config)
+    directory = Path(config.model)
+    checkpoint = ModelConfig.from_directory(directory)
+    _progress(process, f"loading {directory.name} as {dtype} on {device}")
+    layout = PageLayout(
+        layers=checkpoint.num_layers,
+        page_size=config.page_size,
+        kv_heads=checkpoint.num_kv_heads,
+        head_dim=checkpoint.head_dim,
+        itemsize=dtype.itemsize,
+    )
+    window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
+    runner = load_model_runner(
+        checkpoint,
+        model_path=str(directory),
+        device=device,
+        dtype=dtype,
+        page_size=config.page_size,
+        max_total_tokens=config.max_total_tokens,
+        mem_fraction=config.mem_fraction,
+        reserved_bytes=window_bytes if receives_kv else 0,
+        load_format=config.load_format,
+        max_context_length=config.max_context_length,
+        graphs_up_to=config.cuda_graph_max_batch if receives_kv else 0,
+    )
+    pool = runner.kv_pool
+    memory = make_memory_pools(
+        num_pages=pool.num_pages,
+        page_size=config.page_size,
+        num_rows=config.max_running_requests,
+        max_context_len=runner.model_config.context_length,
+        device=str(device),
+        enable_radix_cache=config.enable_radix_cache,
+    )
+    source = None if receives_kv else pool.as_bytes()
+    _progress(
+        process, f"{pool.num_pages} KV pages of {config.page_size} tokens; opening transports"
+    )
+    transports = make_transports(
+        config.transport,
+        instance_id=process.instance_id,
+        memory=TransferMemory(
+            layout=layout,
+            device=device,
+            source=source,
+            window_slots=_window_slots(config, pool.num_pages) if receives_kv else 0,
+            outbox_slots=0 if receives_kv else OUTBOX_SLOTS,
+            window_fd=process.window_fd,
+            outbox_fd=process.outbox_fd,
+        ),
+        channel=process.channel,
+    )
+    return EngineParts(
+        config=config,
+        process=process,
+        model_config=runner.model_config,
+        runner=runner,
+        kv_pool=pool,
+        memory=memory,
+        layout=layout,
+        fingerprint=compatibility_fingerprint(
+            model_digest(directory, load_format=config.load_format), str(dtype), layout
+        ),
+        transports=transports,
+        agent=TransferAgent(
+            instance_id=process.instance_id,
+            layout=layout,
+            transports=transports.by_name,
+            pool=source,
+            window=transports.window,
+            verify=config.verify_kv,
+            lease_s=config.lease_s,
+            wake=process.channel.wake,
+        ),
+        device=device,
+    )
+
+
+def _set_up_torch(device: torch.device, config: WorkerConfig) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def _window_slots(config: WorkerConfig, num_pages: int) -> int:
+    share = num_pages // POOL_TO_WINDOW
+    return config.landing_slots or max(MIN_WINDOW_SLOTS, min(MAX_WINDOW_SLOTS, share))
+
+
+def _progress(process: EngineProcess, line: str) -> None:
+    process.channel.send(channel_pb2.EngineToFront(progress=line))

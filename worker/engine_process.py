@@ -1,0 +1,112 @@
+"""The engine process: one thread schedules and computes, others only listen, move pages or write.
+
+Started by the front as `python -m prefill_service.engine` or `decode_service.engine` with three
+inherited file descriptors: the channel, the landing window's file and the outbox's.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from engine.errors import EngineError
+from kvtransfer.errors import TransferError
+from protos.baton.v1 import channel_pb2, worker_pb2
+from worker.channel import EngineChannel
+from worker.config import WorkerConfig
+from worker.engine_parts import EngineParts, EngineProcess, build_parts
+from worker.engine_role import EngineRole
+
+IDLE_WAIT_S = 0.1
+"""Longest sleep of an idle engine. Work of any source wakes it at once; this only bounds how late
+a queue's deadline is noticed."""
+
+EXIT_FRONT_GONE = 3
+
+RoleFactory = Callable[[EngineParts], EngineRole]
+
+
+def run_engine(arguments: list[str], make_role: RoleFactory, *, receives_kv: bool) -> int:
+    """The engine process's main function; returns its exit status."""
+    # Ctrl-C reaches the whole process group: the front drains, then tells the engine to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel_fd, window_fd, outbox_fd = map(int, arguments)
+    channel = EngineChannel(
+        socket.socket(fileno=channel_fd), on_closed=lambda: os._exit(EXIT_FRONT_GONE)
+    )
+    channel.start()
+    start = _first_message(channel)
+    process = EngineProcess(
+        instance_id=start.pop("instance_id"),
+        channel=channel,
+        window_fd=window_fd,
+        outbox_fd=outbox_fd,
+    )
+    config = WorkerConfig(**start)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        parts = build_parts(config, process, receives_kv=receives_kv)
+        role = make_role(parts)
+        parts.make_scheduler(role)
+        ready = parts.ready()
+    except EngineError as error:
+        return _report_failure(channel, error.code, str(error))
+    except TransferError as error:
+        return _report_failure(channel, error.code.value, error.message)
+    parts.agent.start()
+    channel.send(channel_pb2.EngineToFront(ready=ready))
+    run_loop(parts, role)
+    parts.agent.close()
+    channel.close()
+    return 0
+
+
+def _first_message(channel: EngineChannel) -> dict[str, Any]:
+    while True:
+        channel.wait(60.0)
+        for message in channel.drain():
+            if message.WhichOneof("kind") == "start":
+                start: dict[str, Any] = json.loads(message.start)
+                return start
+
+
+def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
+    error = worker_pb2.Error(code=f"ERROR_CODE_{code}", message=message)
+    failed = channel_pb2.EngineFailed(error=error)
+    channel.send(channel_pb2.EngineToFront(failed=failed))
+    channel.close()
+    return 1
+
+
+def run_loop(parts: EngineParts, role: EngineRole) -> None:
+    """Messages, then one scheduler pass, then answers; sleeps when there is nothing to do.
+
+    Returns when the front says stop. An unexpected error passes through and ends the process:
+    state that may be wrong must not go on answering.
+    """
+    channel, scheduler = parts.channel, role.scheduler
+    was_busy = True
+    while True:
+        for message in channel.drain():
+            if message.WhichOneof("kind") == "stop":
+                return
+            role.handle(message)
+        result = scheduler.step()
+        role.publish(result)
+        busy = result.ran or scheduler.has_work()
+        if busy:
+            role.send_status_if_due()
+        elif was_busy:
+            role.send_status()
+        was_busy = busy
+        if role.draining and role.is_idle():
+            role.draining = False
+            channel.send(channel_pb2.EngineToFront(drained=True))
+        if not result.ran:
+            channel.wait(IDLE_WAIT_S)

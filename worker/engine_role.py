@@ -1,0 +1,263 @@
+"""What the roles' engines share: from channel message to scheduler, from step to answer.
+
+A role joins the scheduler (engine) with the transfer of pages (kvtransfer); neither of the two
+knows the other. Every method runs on the scheduler's thread.
+"""
+
+import time
+from abc import abstractmethod
+
+from engine.errors import EngineError
+from engine.sampling_params import SamplingParams
+from engine.scheduler.req import FinishReason, Req
+from engine.scheduler.role import SchedulerRole
+from engine.scheduler.step_result import StepResult, TokenOutput
+from engine.types import RequestId
+from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
+from kvtransfer.states import TransferFailure
+from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
+from worker.engine_parts import EngineParts
+
+STATUS_INTERVAL_S = 1.0
+"""How often a busy engine tells its front its counts. They are readings, not decisions, and a
+recount looks at every page."""
+
+FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: inference_pb2.FINISH_REASON_ABORT,
+}
+
+FAILURE_CODES = {
+    TransferFailure.MISMATCH: "DATA_LOSS",
+    TransferFailure.ABORTED: "ABORTED",
+    TransferFailure.REFUSED: "RESOURCE_EXHAUSTED",
+}
+"""Error code under which a failed transfer is reported; UNAVAILABLE for all others."""
+
+PlacedRequest = worker_pb2.ReserveRequest | worker_pb2.PrefillRequest
+
+
+class EngineFailedError(Exception):
+    """The engine cannot go on; the process ends and its requests are replayed elsewhere."""
+
+
+def make_rid(request_id: str, attempt: int) -> RequestId:
+    """The engine's id of one attempt: a replay may overlap with the end of what it replaces."""
+    return RequestId(f"{request_id}#{attempt}")
+
+
+def split_rid(rid: str) -> tuple[str, int]:
+    """Inverse of `make_rid`."""
+    request_id, _, attempt = rid.rpartition("#")
+    return request_id, int(attempt)
+
+
+class EngineRole(SchedulerRole):
+    """Base of the roles."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self.agent = parts.agent
+        self.arrivals: dict[RequestId, float] = {}
+        """Live requests of this engine: time.monotonic() seconds of their arrival."""
+        self.draining = False
+        self._unreported: set[RequestId] = set()
+        """Requests whose first output from here has not been sent."""
+        self._step = 0
+        self._last_status = 0.0
+
+    # ---- messages -------------------------------------------------------------------------------
+
+    def handle(self, message: channel_pb2.FrontToEngine) -> None:
+        """One message of the front. A request's errors are reported, never raised."""
+        kind = message.WhichOneof("kind")
+        if kind == "abort":
+            self.abort(make_rid(message.abort.request_id, message.abort.attempt))
+        elif kind == "status":
+            self.send_status(message.status.nonce)
+        elif kind == "drain":
+            self.draining = True
+        elif kind == "kv":
+            self.parts.deliver_message(message.kv.peer, message.kv.message)
+        elif kind == "kv_write_done":
+            done = message.kv_write_done
+            self.parts.deliver_write_done(done.write_id, done.error)
+        elif kind == "peer_connected":
+            connected = message.peer_connected
+            self.agent.peer_connected(
+                connected.info.instance_id, connected.transport, connected.offer
+            )
+        elif kind == "peer_gone":
+            gone = message.peer_gone
+            self.agent.peer_gone(gone.instance_id, gone.reason, proven_dead=gone.proven_dead)
+        else:
+            self.handle_request(message)
+
+    @abstractmethod
+    def handle_request(self, message: channel_pb2.FrontToEngine) -> None:
+        """The messages of one role alone."""
+
+    @abstractmethod
+    def abort(self, rid: RequestId) -> None:
+        """Ends a request in whatever phase it is; unknown ids are ignored."""
+
+    def poll(self) -> None:
+        for event in self.agent.poll_events():
+            match event:
+                case PeerAttached(peer=peer, ok=ok, reason=reason):
+                    self._report_peer(peer, ok, reason)
+                case PeerDetached(peer=peer, reason=reason):
+                    self._report_peer(peer, False, reason)
+                case TransferThreadFailed(detail=detail):
+                    raise EngineFailedError(f"the KV transfer thread stopped: {detail}")
+                case _:
+                    self.on_kv_event(event)
+
+    @abstractmethod
+    def on_kv_event(self, event: KvEvent) -> None:
+        """Transfers of this role's requests."""
+
+    def _report_peer(self, peer: str, ok: bool, reason: str) -> None:
+        attached = channel_pb2.PeerAttached(instance_id=peer, ok=ok, reason=reason)
+        self.parts.channel.send(channel_pb2.EngineToFront(peer_attached=attached))
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def arrive(self, request: PlacedRequest) -> RequestId:
+        """Notes a new request; `done` is its counterpart."""
+        rid = make_rid(request.request_id, request.attempt)
+        self.arrivals[rid] = time.monotonic()
+        self._unreported.add(rid)
+        return rid
+
+    def make_req(self, request: PlacedRequest) -> Req:
+        """Raises InvalidRequestError for sampling that cannot be."""
+        sampling = request.sampling
+        return Req(
+            make_rid(request.request_id, request.attempt),
+            request.prompt_ids,
+            SamplingParams(
+                max_new_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                stop_token_ids=frozenset(sampling.stop_token_ids),
+                ignore_eos=sampling.ignore_eos,
+                logprobs=sampling.logprobs,
+            ),
+            eos_token_ids=self.parts.model_config.eos_token_ids,
+            prior_output_ids=request.output_so_far,
+            priority=request.priority,
+        )
+
+    def report_failure(
+        self,
+        rid: RequestId,
+        code: str,
+        message: str,
+        *,
+        retryable: bool,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        """Tells the router that no further token of this attempt comes from here."""
+        if rid not in self.arrivals:
+            return
+        request_id, attempt = split_rid(rid)
+        error = worker_pb2.Error(
+            code=f"ERROR_CODE_{code}", message=message, retry_after_s=retry_after_s
+        )
+        failed = worker_pb2.WorkFailed(
+            request_id=request_id, attempt=attempt, error=error, retryable=retryable
+        )
+        self.parts.channel.send(channel_pb2.EngineToFront(work_failed=failed))
+
+    def refuse(self, rid: RequestId, error: EngineError) -> None:
+        """Reports an engine's error: lack of room may be cured elsewhere, bad input not."""
+        retryable = error.code == "RESOURCE_EXHAUSTED"
+        self.report_failure(rid, error.code, str(error), retryable=retryable)
+
+    def done(self, rid: RequestId) -> None:
+        """The engine holds nothing of this request any more."""
+        self._unreported.discard(rid)
+        if self.arrivals.pop(rid, None) is None:
+            return
+        request_id, attempt = split_rid(rid)
+        done = channel_pb2.RequestDone(request_id=request_id, attempt=attempt)
+        self.parts.channel.send(channel_pb2.EngineToFront(request_done=done))
+
+    # ---- answers --------------------------------------------------------------------------------
+
+    def publish(self, result: StepResult) -> None:
+        """Sends one pass's tokens in one message, then what failed and what is gone."""
+        if result.outputs:
+            self._step += 1
+            step = worker_pb2.StepOutput(step=self._step)
+            step.outputs.extend(self._to_proto(output) for output in result.outputs)
+            self.parts.channel.send(channel_pb2.EngineToFront(step=step))
+        for rid, error in result.errors:
+            self.refuse(rid, error)
+        for rid in result.released:
+            self.on_released(rid)
+
+    def _to_proto(self, output: TokenOutput) -> worker_pb2.RequestOutput:
+        request_id, attempt = split_rid(output.rid)
+        token = inference_pb2.Token(index=output.index, id=output.token)
+        if output.logprob is not None:
+            token.logprob = output.logprob
+        answer = worker_pb2.RequestOutput(request_id=request_id, attempt=attempt, tokens=[token])
+        if output.finish_reason is not None:
+            answer.finish_reason = FINISH_REASONS[output.finish_reason]
+            if output.stop_token is not None:
+                answer.stop_token_id = output.stop_token
+        if output.rid in self._unreported:
+            self._unreported.discard(output.rid)
+            answer.timing.CopyFrom(self.worker_timing(output.rid))
+        return answer
+
+    @abstractmethod
+    def worker_timing(self, rid: RequestId) -> worker_pb2.WorkerTiming:
+        """Durations for the request's first output from this worker."""
+
+    def on_released(self, rid: RequestId) -> None:
+        """The scheduler holds nothing of the request any more."""
+        self.done(rid)
+
+    def send_status(self, nonce: int = 0) -> None:
+        self._last_status = time.monotonic()
+        reply = channel_pb2.StatusReply(nonce=nonce, status=self.status())
+        self.parts.channel.send(channel_pb2.EngineToFront(status=reply))
+
+    def send_status_if_due(self) -> None:
+        if time.monotonic() - self._last_status >= STATUS_INTERVAL_S:
+            self.send_status()
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        scheduler = self.scheduler
+        counts = scheduler.page_counts()
+        rows = self.parts.memory.req_to_token
+        slots = self.agent.stats().slots
+        return worker_pb2.WorkerStatus(
+            pages=inference_pb2.PageCounts(
+                free=counts.free,
+                cached=counts.cached,
+                held=counts.held,
+                in_use=counts.in_use,
+                total=counts.total,
+            ),
+            running=sum(1 for _ in scheduler.running_requests()),
+            waiting=sum(1 for _ in scheduler.returning_requests()),
+            rows_free=rows.available_size(),
+            rows_total=rows.size,
+            slots_free=slots.free,
+            slots_granted=slots.granted,
+            slots_quarantined=slots.quarantined,
+            slots_total=slots.total,
+            queued_tokens=sum(req.seqlen for req in scheduler.returning_requests()),
+        )
+
+    def is_idle(self) -> bool:
+        """Nothing is live: a draining worker may end."""
+        return not self.arrivals

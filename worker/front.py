@@ -1,0 +1,358 @@
+"""The front of a worker: gRPC on one side, its engine process on the other, nothing in between.
+
+Requests pass through untouched; the front only remembers which router asked for which request, so
+that answers find their way back and a lost router's requests are aborted.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import uuid
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
+from protos.version import PROTOCOL_VERSION
+from worker.config import WorkerConfig
+from worker.engine_handle import EngineHandle, EngineStartError
+from worker.kv_front import pid_namespace
+from worker.registration import Registration
+from worker.service import RouterSession, WorkerService
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "baton.v1.Worker"
+STATUS_TIMEOUT_S = 2.0
+DRAIN_LIMIT_S = 60.0
+"""Longest a draining worker waits for its requests before it ends them."""
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class FrontRole(Protocol):
+    """What a role adds to the common front."""
+
+    engine_module: str
+    role: inference_pb2.WorkerRole
+
+    def attach(self, front: "WorkerFront", server: grpc.aio.Server) -> list[str]:
+        """Called once before the server starts; returns the names of services added."""
+        ...
+
+    def on_peers(self, peers: worker_pb2.PeerUpdate) -> None:
+        """The router's current list of the other role's workers."""
+        ...
+
+    def on_engine_message(self, message: channel_pb2.EngineToFront) -> None:
+        """KV messages of the engine, for the role's peer sessions."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class WorkerFront:
+    """One worker process group, from start to drain."""
+
+    def __init__(self, config: WorkerConfig, role: FrontRole) -> None:
+        self.config = config
+        self.role = role
+        self.instance_id = (
+            f"{inference_pb2.WorkerRole.Name(role.role)[12:].lower()}-{uuid.uuid4().hex[:12]}"
+        )
+        self.engine = EngineHandle(module=role.engine_module)
+        self.ready = channel_pb2.EngineReady()
+        self.address = ""
+        self._sessions: set[RouterSession] = set()
+        self._owners: dict[tuple[str, int], RouterSession] = {}
+        self._pings: dict[int, tuple[RouterSession, int]] = {}
+        self._queries: dict[int, asyncio.Future[worker_pb2.WorkerStatus]] = {}
+        self._nonces = itertools.count(1)
+        self._status = worker_pb2.WorkerStatus(
+            instance_id=self.instance_id, state=inference_pb2.WORKER_STATE_READY
+        )
+        self._draining = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._peer_states: dict[str, worker_pb2.PeerState] = {}
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Starts engine and server, serves until drained or the engine dies; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain)
+        try:
+            start = {"instance_id": self.instance_id, **dataclasses.asdict(self.config)}
+            self.ready = await self.engine.start(
+                json.dumps(start).encode(),
+                on_progress=lambda line: logger.info("%s", line),
+            )
+        except EngineStartError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            await self.engine.stop()
+            return 1
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        checks = HealthServicer()
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        names += self.role.attach(self, server)
+        reflection.enable_server_reflection(names, server)
+        try:
+            port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        except RuntimeError as error:
+            print(
+                f"error: cannot listen on {self.config.host}:{self.config.port}: {error}",
+                file=sys.stderr,
+            )
+            await self.engine.stop()
+            return 1
+        self.address = f"{self.config.host}:{port}"
+        await server.start()
+        await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("%s serves on %s", self.instance_id, self.address)
+        return await self._serve(server, checks)
+
+    async def _serve(self, server: grpc.aio.Server, checks: HealthServicer) -> int:
+        registration = asyncio.create_task(
+            Registration(
+                router=self.config.router, request=self._description(), status=lambda: self._status
+            ).run()
+        )
+        pump = asyncio.create_task(self.engine.pump(self._on_engine_message))
+        draining = asyncio.create_task(self._drain_when_asked(checks))
+        await asyncio.wait({pump, draining}, return_when=asyncio.FIRST_COMPLETED)
+        died = pump.done()
+        if died:
+            logger.error("the engine process died: this worker ends with it")
+        for task in (registration, draining):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await registration
+        for session in list(self._sessions):
+            session.close()
+        await self.role.close()
+        await server.stop(grace=0.0 if died else 1.0)
+        status = await self.engine.stop()
+        pump.cancel()
+        return status or int(died)
+
+    async def _drain_when_asked(self, checks: HealthServicer) -> None:
+        await self._draining.wait()
+        logger.info("draining: %d requests to finish", len(self._owners))
+        self._status.state = inference_pb2.WORKER_STATE_DRAINING
+        await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.engine.send(channel_pb2.FrontToEngine(drain=True))
+        try:
+            await asyncio.wait_for(self._drained.wait(), DRAIN_LIMIT_S)
+        except TimeoutError:
+            logger.warning(
+                "%d requests did not finish within %.0f s", len(self._owners), DRAIN_LIMIT_S
+            )
+
+    def drain(self) -> None:
+        """Takes no new request, finishes what runs, then ends. A second call changes nothing."""
+        self._draining.set()
+
+    def _description(self) -> worker_pb2.RegisterRequest:
+        return worker_pb2.RegisterRequest(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self.instance_id,
+            role=self.role.role,
+            address=self.address,
+            model=self.ready.model,
+            pid=os.getpid(),
+            engine_pids=[self.ready.engine_pid],
+            transports=[offer.name for offer in self.ready.transports],
+            fingerprint=self.ready.fingerprint,
+        )
+
+    def connect_info(self) -> kv_pb2.ConnectInfo:
+        """What this worker tells a peer at the beginning of a KV session."""
+        return kv_pb2.ConnectInfo(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self.instance_id,
+            fingerprint=self.ready.fingerprint,
+            transports=self.ready.transports,
+            pid=self.ready.engine_pid,
+            pid_namespace=pid_namespace(),
+        )
+
+    # ---- router -> engine -----------------------------------------------------------------------
+
+    def on_session_opened(self, session: RouterSession) -> worker_pb2.WorkerHello:
+        self._sessions.add(session)
+        for state in self._peer_states.values():
+            session.send(worker_pb2.WorkerMessage(peer=state))
+        return worker_pb2.WorkerHello(
+            instance_id=self.instance_id, fingerprint=self.ready.fingerprint, status=self._status
+        )
+
+    def on_session_closed(self, session: RouterSession) -> None:
+        self._sessions.discard(session)
+        for (request_id, attempt), owner in list(self._owners.items()):
+            if owner is session:
+                self._abort(request_id, attempt, "the router's session ended")
+
+    def on_router_message(self, session: RouterSession, message: worker_pb2.RouterMessage) -> None:
+        kind = message.WhichOneof("kind")
+        if kind in ("reserve", "prefill", "generate"):
+            self._accept(session, message, kind)
+        elif kind == "ticket":
+            self.engine.send(channel_pb2.FrontToEngine(ticket=message.ticket))
+        elif kind == "abort":
+            self._abort(message.abort.request_id, message.abort.attempt, message.abort.reason)
+        elif kind == "peers":
+            self.role.on_peers(message.peers)
+        elif kind == "ping":
+            # Through the engine and back: a stopped engine must not look alive.
+            nonce = next(self._nonces)
+            self._pings[nonce] = (session, message.ping.nonce)
+            self.engine.send(channel_pb2.FrontToEngine(ping=nonce))
+
+    def _accept(self, session: RouterSession, message: worker_pb2.RouterMessage, kind: str) -> None:
+        request = getattr(message, kind)
+        key = (request.request_id, request.attempt)
+        if key in self._owners:
+            self._refuse(
+                session, key, worker_pb2.ERROR_CODE_ALREADY_EXISTS, "is live already", False
+            )
+        elif self._draining.is_set():
+            self._refuse(
+                session, key, worker_pb2.ERROR_CODE_UNAVAILABLE, "met a draining worker", True
+            )
+        else:
+            self._owners[key] = session
+            self.engine.send(channel_pb2.FrontToEngine(**{kind: request}))
+
+    def _refuse(
+        self,
+        session: RouterSession,
+        key: tuple[str, int],
+        code: worker_pb2.ErrorCode,
+        why: str,
+        retryable: bool,
+    ) -> None:
+        error = worker_pb2.Error(code=code, message=f"request {key[0]} {why}")
+        session.send(
+            worker_pb2.WorkerMessage(
+                failed=worker_pb2.WorkFailed(
+                    request_id=key[0], attempt=key[1], error=error, retryable=retryable
+                )
+            )
+        )
+
+    def _abort(self, request_id: str, attempt: int, reason: str) -> None:
+        work = worker_pb2.AbortWork(request_id=request_id, attempt=attempt, reason=reason)
+        self.engine.send(channel_pb2.FrontToEngine(abort=work))
+
+    # ---- engine -> router -----------------------------------------------------------------------
+
+    async def _on_engine_message(self, message: channel_pb2.EngineToFront) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "step":
+            self._route_step(message.step)
+        elif kind == "reserved":
+            self._route(message.reserved, worker_pb2.WorkerMessage(reserved=message.reserved))
+        elif kind == "work_failed":
+            self._route(message.work_failed, worker_pb2.WorkerMessage(failed=message.work_failed))
+        elif kind == "request_done":
+            done = message.request_done
+            self._owners.pop((done.request_id, done.attempt), None)
+        elif kind == "pong":
+            self._answer_ping(message.pong)
+        elif kind == "status":
+            self._take_status(message.status)
+        elif kind == "drained":
+            self._drained.set()
+        else:
+            self.role.on_engine_message(message)
+
+    def _route(
+        self,
+        answer: worker_pb2.Reserved | worker_pb2.WorkFailed,
+        message: worker_pb2.WorkerMessage,
+    ) -> None:
+        session = self._owners.get((answer.request_id, answer.attempt))
+        if session is not None:
+            session.send(message)
+
+    def _route_step(self, step: worker_pb2.StepOutput) -> None:
+        if len(self._sessions) == 1:
+            next(iter(self._sessions)).send(worker_pb2.WorkerMessage(step=step))
+            return
+        shares: dict[RouterSession, worker_pb2.StepOutput] = {}
+        for output in step.outputs:
+            session = self._owners.get((output.request_id, output.attempt))
+            if session is not None:
+                share = shares.setdefault(session, worker_pb2.StepOutput(step=step.step))
+                share.outputs.append(output)
+        for session, share in shares.items():
+            session.send(worker_pb2.WorkerMessage(step=share))
+
+    def _answer_ping(self, nonce: int) -> None:
+        asked = self._pings.pop(nonce, None)
+        if asked is not None:
+            session, router_nonce = asked
+            pong = worker_pb2.Pong(nonce=router_nonce, status=self._status)
+            session.send(worker_pb2.WorkerMessage(pong=pong))
+
+    def _take_status(self, reply: channel_pb2.StatusReply) -> None:
+        state = self._status.state
+        self._status.CopyFrom(reply.status)
+        self._status.instance_id = self.instance_id
+        self._status.state = state
+        waiter = self._queries.pop(reply.nonce, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(self._status)
+
+    async def status(self) -> worker_pb2.WorkerStatus:
+        """Asks the engine. Raises TimeoutError when it does not answer within 2 s."""
+        nonce = next(self._nonces)
+        waiter: asyncio.Future[worker_pb2.WorkerStatus] = asyncio.get_running_loop().create_future()
+        self._queries[nonce] = waiter
+        self.engine.send(channel_pb2.FrontToEngine(status=channel_pb2.StatusQuery(nonce=nonce)))
+        try:
+            return await asyncio.wait_for(waiter, STATUS_TIMEOUT_S)
+        finally:
+            self._queries.pop(nonce, None)
+
+    def to_engine(self, message: channel_pb2.FrontToEngine) -> None:
+        self.engine.send(message)
+
+    def report_peer(self, state: worker_pb2.PeerState) -> None:
+        """Tells every router whether KV can flow to that peer. What is, or was refused, is
+        remembered for routers that come later; what was lost is not.
+        """
+        if state.connected or not state.transport:
+            self._peer_states[state.instance_id] = state
+        else:
+            self._peer_states.pop(state.instance_id, None)
+        for session in self._sessions:
+            session.send(worker_pb2.WorkerMessage(peer=state))
+
+    def forget_peer(self, instance_id: str) -> None:
+        self._peer_states.pop(instance_id, None)
+
+
+def run_front(config: WorkerConfig, role: FrontRole) -> int:
+    """Runs one worker until it is drained; returns the process's exit status."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    return asyncio.run(WorkerFront(config, role).run())

@@ -1,0 +1,134 @@
+"""KV sessions as a worker's front sees them: between a session's callbacks and the engine.
+
+Also the watch for proof of death: on one host, a peer's engine that has exited can be seen through
+a pidfd, and only then may what it might still write to be given to others. A closed socket proves
+nothing.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import Protocol
+
+from kvtransfer.orders import WriteOrder
+from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class FrontLink(Protocol):
+    """What KV sessions need of the front."""
+
+    def to_engine(self, message: channel_pb2.FrontToEngine) -> None: ...
+
+    def report_peer(self, state: worker_pb2.PeerState) -> None: ...
+
+
+class DeathWatch:
+    """Tells when a process of this host has exited."""
+
+    def __init__(self) -> None:
+        self._pidfds: dict[str, int] = {}
+
+    def watch(self, peer: str, pid: int, link: FrontLink) -> None:
+        """Begins to watch; no effect where the system has no pidfds or the process is gone."""
+        self.forget(peer)
+        if not hasattr(os, "pidfd_open"):
+            return
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            self._pidfds[peer] = pidfd
+            loop = asyncio.get_running_loop()
+            loop.add_reader(pidfd, self._on_exit, peer, link)
+
+    def _on_exit(self, peer: str, link: FrontLink) -> None:
+        self.forget(peer)
+        gone = channel_pb2.PeerGone(
+            instance_id=peer, reason=f"the engine of {peer} has exited", proven_dead=True
+        )
+        link.to_engine(channel_pb2.FrontToEngine(peer_gone=gone))
+
+    def forget(self, peer: str) -> None:
+        pidfd = self._pidfds.pop(peer, None)
+        if pidfd is not None:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    def close(self) -> None:
+        for peer in list(self._pidfds):
+            self.forget(peer)
+
+
+class KvFront:
+    """`SessionHandler` of both roles."""
+
+    def __init__(self, link: FrontLink) -> None:
+        self._link = link
+        self._transports: dict[str, str] = {}
+        """Transport negotiated with each connected peer."""
+        self._deaths = DeathWatch()
+
+    def transport_of(self, peer: str) -> str:
+        return self._transports.get(peer, "")
+
+    def peer_connected(self, info: kv_pb2.ConnectInfo, transport: str) -> None:
+        peer = info.instance_id
+        self._transports[peer] = transport
+        if info.pid_namespace and info.pid_namespace == pid_namespace():
+            self._deaths.watch(peer, info.pid, self._link)
+        offers = {offer.name: offer.metadata for offer in info.transports}
+        connected = channel_pb2.PeerConnected(
+            info=info, transport=transport, offer=offers.get(transport, b"")
+        )
+        self._link.to_engine(channel_pb2.FrontToEngine(peer_connected=connected))
+
+    def peer_lost(self, peer: str, reason: str) -> None:
+        if peer not in self._transports:
+            return
+        logger.warning("KV peer %s is lost: %s", peer, reason)
+        gone = channel_pb2.PeerGone(instance_id=peer, reason=reason)
+        self._link.to_engine(channel_pb2.FrontToEngine(peer_gone=gone))
+        self._report(peer, connected=False, reason=reason)
+        del self._transports[peer]
+
+    def message(self, peer: str, data: bytes) -> None:
+        kv = channel_pb2.KvIn(peer=peer, message=data)
+        self._link.to_engine(channel_pb2.FrontToEngine(kv=kv))
+
+    def write_done(self, write_id: int, peer: str, error: str) -> None:
+        done = channel_pb2.KvWriteDone(write_id=write_id, peer=peer, error=error)
+        self._link.to_engine(channel_pb2.FrontToEngine(kv_write_done=done))
+
+    def attached(self, attached: channel_pb2.PeerAttached) -> None:
+        """The engine's answer to `peer_connected`: KV can flow, or why it cannot."""
+        self._report(attached.instance_id, connected=attached.ok, reason=attached.reason)
+
+    def _report(self, peer: str, *, connected: bool, reason: str) -> None:
+        state = worker_pb2.PeerState(
+            instance_id=peer,
+            connected=connected,
+            transport=self.transport_of(peer),
+            reason=reason,
+        )
+        self._link.report_peer(state)
+
+    def close(self) -> None:
+        self._deaths.close()
+
+
+def write_order(message: channel_pb2.KvWrite) -> WriteOrder:
+    return WriteOrder(
+        write_id=message.write_id,
+        peer=message.peer,
+        copies=tuple((copy.outbox_slot, copy.landing_slot) for copy in message.copies),
+        message=message.message,
+    )
+
+
+def pid_namespace() -> str:
+    """Names this process's PID namespace; empty where the system has none."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -1,0 +1,78 @@
+"""Keeps a worker known to its router: registers, heartbeats, registers again after a restart."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+"""Pause after a router that could not be reached; short, so that start-up order does not matter."""
+
+REFUSED_RETRY_S = 5.0
+"""Pause after a refusal: an operator must change something first."""
+
+RPC_TIMEOUT_S = 2.0
+
+
+class Registration:
+    """One worker's membership in one router's registry."""
+
+    def __init__(
+        self,
+        *,
+        router: str,
+        request: worker_pb2.RegisterRequest,
+        status: Callable[[], worker_pb2.WorkerStatus],
+    ) -> None:
+        self._router = router
+        self._request = request
+        self._status = status
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        async with grpc.aio.insecure_channel(self._router) as channel:
+            stub = worker_pb2_grpc.RegistryStub(channel)
+            try:
+                while True:
+                    await self._register_and_beat(stub)
+            finally:
+                with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+                    await stub.Deregister(
+                        worker_pb2.DeregisterRequest(instance_id=self._request.instance_id),
+                        timeout=RPC_TIMEOUT_S,
+                    )
+
+    async def _register_and_beat(self, stub: worker_pb2_grpc.RegistryStub) -> None:
+        try:
+            reply = await stub.Register(self._request, timeout=RPC_TIMEOUT_S)
+        except grpc.RpcError as error:
+            logger.debug("router %s cannot be reached: %s", self._router, error)
+            await asyncio.sleep(RETRY_S)
+            return
+        if not reply.accepted:
+            logger.error(
+                "router %s lists but does not use this worker: %s", self._router, reply.reason
+            )
+            await asyncio.sleep(REFUSED_RETRY_S)
+            return
+        logger.info("registered with router %s as %s", self._router, self._request.instance_id)
+        while True:
+            await asyncio.sleep(reply.heartbeat_interval_s or 1.0)
+            try:
+                beat = await stub.Heartbeat(
+                    worker_pb2.HeartbeatRequest(
+                        instance_id=self._request.instance_id, status=self._status()
+                    ),
+                    timeout=RPC_TIMEOUT_S,
+                )
+            except grpc.RpcError as error:
+                logger.warning("heartbeat to router %s failed: %s", self._router, error)
+                return
+            if not beat.known:
+                return

@@ -1,0 +1,118 @@
+"""Which transports an engine offers, and the memory they land in.
+
+On a CPU one landing window in shared memory serves both: NIXL writes it from another process, the
+front fills it from a gRPC stream. On a GPU the two need different memory (the device's for NIXL,
+the host's for gRPC), so a worker offers one: NIXL where it is to be had, else gRPC.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from kvtransfer.errors import TransportUnavailableError
+from kvtransfer.grpc_transport import GrpcTransport
+from kvtransfer.layout import PageLayout
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.orders import WriteOrder
+from kvtransfer.shared_memory import SharedMemory
+from kvtransfer.transport import Transport
+from kvtransfer.window import LandingWindow
+from protos.baton.v1 import channel_pb2
+from worker.channel import EngineChannel
+from worker.config import TransportName
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferMemory:
+    """What the transports of one engine may touch."""
+
+    layout: PageLayout
+    device: torch.device
+    source: torch.Tensor | None
+    """[pages, page_bytes] uint8 that pages leave from; None on a worker that only receives."""
+    window_slots: int
+    """0 on a worker that only sends."""
+    outbox_slots: int
+    window_fd: int
+    outbox_fd: int
+    """Empty shared memory files, which the front maps, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transports:
+    """By name, best first, and the window that peers write."""
+
+    by_name: dict[str, Transport]
+    window: LandingWindow | None
+    outbox_slots: int
+    """Slots of the outbox in shared memory; 0 where gRPC is not offered."""
+
+    @property
+    def grpc(self) -> GrpcTransport | None:
+        transport = self.by_name.get("grpc")
+        return transport if isinstance(transport, GrpcTransport) else None
+
+
+def make_transports(
+    name: TransportName, *, instance_id: str, memory: TransferMemory, channel: EngineChannel
+) -> Transports:
+    """Raises TransportUnavailableError where a transport asked for by name cannot be had."""
+    on_device = memory.device.type == "cuda"
+    window = _window(memory, in_device_memory=on_device and name != "grpc")
+    nixl: Transport | None = None
+    if name != "grpc":
+        try:
+            nixl = NixlTransport(instance_id=instance_id, pool=memory.source, landing=window)
+        except TransportUnavailableError as error:
+            if name == "nixl":
+                raise
+            logger.warning("%s; KV moves by gRPC", error.message)
+    if nixl is not None and (on_device or name == "nixl"):
+        return _bundle({"nixl": nixl}, window, 0)
+    if on_device and window is not None and window.device.type == "cuda":
+        window = _window(memory, in_device_memory=False)
+    grpc = GrpcTransport(
+        pool=memory.source,
+        outbox=_shared(memory.outbox_fd, memory.outbox_slots, memory.layout),
+        landing=window,
+        submit=lambda order: channel.send(_order(order)),
+        send=lambda peer, data: channel.send(
+            channel_pb2.EngineToFront(kv=channel_pb2.KvOut(peer=peer, message=data))
+        ),
+    )
+    offered: dict[str, Transport] = {"grpc": grpc} if nixl is None else {"nixl": nixl, "grpc": grpc}
+    return _bundle(offered, window, memory.outbox_slots)
+
+
+def _bundle(
+    by_name: dict[str, Transport], window: torch.Tensor | None, outbox_slots: int
+) -> Transports:
+    return Transports(by_name, None if window is None else LandingWindow(window), outbox_slots)
+
+
+def _window(memory: TransferMemory, *, in_device_memory: bool) -> torch.Tensor | None:
+    if not memory.window_slots:
+        return None
+    if in_device_memory:
+        shape = (memory.window_slots, memory.layout.page_bytes)
+        return torch.zeros(shape, dtype=torch.uint8, device=memory.device)
+    return _shared(memory.window_fd, memory.window_slots, memory.layout)
+
+
+def _shared(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:
+    if not slots:
+        return None
+    os.ftruncate(fd, slots * layout.page_bytes)
+    return SharedMemory.attach(fd, slots * layout.page_bytes).tensor(slots, layout.page_bytes)
+
+
+def _order(order: WriteOrder) -> channel_pb2.EngineToFront:
+    copies = [channel_pb2.SlotCopy(outbox_slot=o, landing_slot=s) for o, s in order.copies]
+    write = channel_pb2.KvWrite(
+        write_id=order.write_id, peer=order.peer, copies=copies, message=order.message
+    )
+    return channel_pb2.EngineToFront(kv_write=write)
