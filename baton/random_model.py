@@ -61,6 +61,14 @@ def write_random_model(path: Path, *, seed: int = 0, shape: Shape | None = None)
         raise
 
 
+def write_model_shell(path: Path, shape: Shape) -> None:
+    """Configuration and tokenizer without weights, for workers that draw theirs (load_format
+    dummy). Ids beyond the tokenizer's have no text."""
+    path.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(path)
+    _write_config(path, shape)
+
+
 def _write_config(path: Path, shape: Shape) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],

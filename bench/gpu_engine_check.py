@@ -160,11 +160,16 @@ def greedy(count: int, device: torch.device) -> SamplingBatch:
 # ---- right? --------------------------------------------------------------------------------------
 
 
-def check(device: torch.device, dtype: torch.dtype, graphs: bool) -> bool:
+def check(
+    device: torch.device, dtype: torch.dtype, graphs: bool, head_dims: set[int]
+) -> bool:
     """Prints each backend's relative error of logits; True where all are small enough."""
     good = True
     print(f"\n1. logits on {device} in {dtype} against float32 on the CPU (relative error)")
     for label, config in CHECKED.items():
+        if head_dims and config.head_dim not in head_dims:
+            print(f"   {label:45} left out by --head-dims")
+            continue
         reference = load_decoder(
             config,
             model_path="",
@@ -338,6 +343,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="a small model and few steps")
     parser.add_argument("--graphs", action="store_true", help="decode as captured CUDA graphs")
+    parser.add_argument(
+        "--head-dims", type=int, nargs="*", default=[], help="check these alone: each builds kernels"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
@@ -345,7 +353,7 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {dtype}")
     with torch.no_grad():
-        good = check(device, dtype, arguments.graphs)
+        good = check(device, dtype, arguments.graphs, set(arguments.head_dims))
         figures = measure(device, dtype, TINY if arguments.tiny else FULL, arguments.graphs)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

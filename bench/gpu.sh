@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# One call on a machine with GPUs: engine check, engine figures, KV transports, end to end on one and
+# on two GPUs. Wheels that the machine lacks may lie in .whl; results go to $OUT (default: bench/out).
+set -u
+cd "$(dirname "$0")/.."
+export OUT=${OUT:-bench/out} PYTHONUNBUFFERED=1 FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_LOGGING_LEVEL=error
+mkdir -p "$OUT"
+if compgen -G '.whl/*.whl' >/dev/null; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
+  export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+if [ -f .carry/gpu/jit.tgz ]; then # kernels built by an earlier call; their sources must look older
+  mkdir -p ~/.cache && tar xzf .carry/gpu/jit.tgz -C ~/.cache
+  find /tmp/site -exec touch -h -d 2020-01-01 {} +
+fi
+step() { # name, seconds, command...
+  local name=$1 limit=$2 begin=$SECONDS; shift 2
+  echo "== $name"
+  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; local status=$?
+  grep -vE 'Warning|warn' "$OUT/$name.log" | tail -n "${LINES_SHOWN:-24}"
+  echo "-- $name: status $status, $((SECONDS - begin)) s"
+}
+gpus=$(nvidia-smi -L | wc -l)
+for want in ${STEPS:-engine graphs transports one two}; do
+  case $want in
+  engine) step engine 240 python3 bench/gpu_engine_check.py --head-dims 128 ;;
+  graphs) step graphs 120 python3 bench/gpu_engine_check.py --graphs --head-dims 128 ;;
+  transports) [ "$gpus" -gt 1 ] && step transports 45 python3 bench/kv_transports.py --source cuda:0 --target cuda:1
+    [ "$gpus" -gt 1 ] && UCX_TLS=cuda_ipc,cuda_copy,tcp,self step transports_tls 45 python3 bench/kv_transports.py --source cuda:0 --target cuda:1 ;;
+  one) CUDA_VISIBLE_DEVICES=0 step one 110 python3 bench/end_to_end.py --shape 8b --rates "${RATES_ONE:-5,10}" --duration 8 ${E2E:-} --transports "${TRANSPORTS:-nixl}" ;;
+  two) [ "$gpus" -gt 1 ] && step two 130 python3 bench/end_to_end.py --shape 8b --rates "${RATES_TWO:-10,20,30}" --duration 10 ${E2E:-} --transports "${TRANSPORTS:-nixl}" ;;
+  esac
+done
+tar czf "$OUT/jit.tgz" -C "$HOME/.cache" flashinfer 2>/dev/null
+ls -la "$OUT"
