@@ -160,9 +160,7 @@ def greedy(count: int, device: torch.device) -> SamplingBatch:
 # ---- right? --------------------------------------------------------------------------------------
 
 
-def check(
-    device: torch.device, dtype: torch.dtype, graphs: bool, head_dims: set[int]
-) -> bool:
+def check(device: torch.device, dtype: torch.dtype, graphs: bool, head_dims: set[int]) -> bool:
     """Prints each backend's relative error of logits; True where all are small enough."""
     good = True
     print(f"\n1. logits on {device} in {dtype} against float32 on the CPU (relative error)")
@@ -344,7 +342,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model and few steps")
     parser.add_argument("--graphs", action="store_true", help="decode as captured CUDA graphs")
     parser.add_argument(
-        "--head-dims", type=int, nargs="*", default=[], help="check these alone: each builds kernels"
+        "--head-dims",
+        type=int,
+        nargs="*",
+        default=[],
+        help="check these alone: each builds kernels",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()

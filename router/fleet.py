@@ -81,7 +81,7 @@ class Fleet:
             Pair(prefill, decode)
             for prefill in prefills
             for decode in decodes
-            if (peer := prefill.record.peers.get(decode.id)) is not None and peer.connected
+            if _attached(prefill, decode.id) and _attached(decode, prefill.id)
         ]
 
     def _ready(self, role: inference_pb2.WorkerRole) -> list[WorkerLink]:
@@ -214,3 +214,11 @@ def _holds(link: WorkerLink, tokens: int) -> bool:
 
 def _capacity(records: list[WorkerRecord], role: inference_pb2.WorkerRole) -> int:
     return max((r.model.max_total_tokens for r in records if r.role == role), default=0)
+
+
+def _attached(link: WorkerLink, peer: str) -> bool:
+    """Whether this worker says that KV can flow to or from the peer. Both ends are asked: a ticket
+    for a writer that decode has not attached yet would be refused.
+    """
+    state = link.record.peers.get(peer)
+    return state is not None and state.connected

@@ -24,6 +24,9 @@ from router.registry import InMemoryRegistry
 
 logger = logging.getLogger(__name__)
 
+MIN_PING_INTERVAL_MS = 5_000
+"""Keep-alive pings of clients that come more often end their connection."""
+
 MAX_METADATA_BYTES = 64 << 10
 SEND_BUFFER_BYTES = 128 << 10
 """The kernel's part per HTTP connection: left to itself it holds megabytes for a reader that has
@@ -123,6 +126,9 @@ class RouterServer:
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 # Two routers on one port would each see half of the workers.
                 ("grpc.so_reuseport", 0),
+                # Clients may ask whether we live while their stream is silent; gRPC's default
+                # takes that for an attack and ends the stream after a few pings.
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
             ]
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service.InferenceService(router), server)

@@ -7,6 +7,12 @@ import torch
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 
+CONTEXT_BYTES = 3 << 29
+"""What a process takes on a GPU besides torch's own memory: CUDA's context, libraries, graphs."""
+
+SPARE_BYTES = 2 << 30
+"""Left free for activations and workspaces."""
+
 DEFAULT_CPU_TOKENS = 65_536
 """Size of a CPU's KV pool where the operator names none, in tokens."""
 
@@ -55,8 +61,8 @@ def kv_pool_pages(
     """Pages of the KV pool, once the weights are loaded.
 
     `max_total_tokens` decides where it is not 0 (rounded up to whole pages). Otherwise a CPU gets
-    DEFAULT_CPU_TOKENS, and a GPU what is left of `mem_fraction` of its memory after everything
-    that is in use now and `reserved_bytes` more (a landing window, say).
+    DEFAULT_CPU_TOKENS, and a GPU what is left of `mem_fraction` of its memory after what
+    this process has taken and `reserved_bytes` more (a landing window, say).
 
     Raises ConfigError, naming the figures, where that is not even one page or more than is free.
     """
@@ -73,14 +79,16 @@ def kv_pool_pages(
     if not 0 < mem_fraction <= 1:
         raise ConfigError(f"mem_fraction must be in (0, 1], not {mem_fraction}")
     free, total = _memory(device)
-    available = int(total * mem_fraction) - (total - free) - reserved_bytes
-    pages = available // page_bytes - 1  # the padding page
+    # This process's own: several workers may share a GPU, each with a fraction of its own.
+    own = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    allowed = min(int(total * mem_fraction) - own, free - SPARE_BYTES)
+    pages = (allowed - reserved_bytes) // page_bytes - 1  # the padding page
     if pages < 1:
         raise ConfigError(
             f"no memory is left for KV pages on {device}: of {_gib(total)} mem_fraction "
-            f"{mem_fraction} allows {_gib(int(total * mem_fraction))}, {_gib(total - free)} are in "
-            f"use and {_gib(reserved_bytes)} reserved; a page takes {_gib(page_bytes)}. "
-            "Raise mem_fraction, or free the GPU"
+            f"{mem_fraction} allows {_gib(int(total * mem_fraction))}, {_gib(free)} are free, "
+            f"weights and context take {_gib(own)} and {_gib(reserved_bytes)} are reserved; a page "
+            f"takes {_gib(page_bytes)}. Raise mem_fraction, or free the GPU"
         )
     return pages
 

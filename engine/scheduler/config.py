@@ -50,7 +50,7 @@ class SchedulerConfig:
     """Chunks end at multiples of this many tokens as well, where a deterministic kernel asks."""
 
     enable_priority_scheduling: bool = False
-    """Larger `Req.priority` goes first; off, only arrival counts."""
+    """Smaller `Req.priority` goes first; off, only arrival counts."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "context_length", "vocab_size", "max_prefill_tokens",

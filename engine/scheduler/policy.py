@@ -19,6 +19,6 @@ class SchedulePolicy:
     def calc_priority(self, waiting_queue: list[Req]) -> None:
         """Sorts in place. A retracted request keeps its arrival, so it comes back to the front."""
         if self.enable_priority_scheduling:
-            waiting_queue.sort(key=lambda r: (-r.priority, r.t_arrival, r.arrival_order))
+            waiting_queue.sort(key=lambda r: (r.priority, r.t_arrival, r.arrival_order))
         else:
             waiting_queue.sort(key=lambda r: (r.t_arrival, r.arrival_order))

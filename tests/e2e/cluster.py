@@ -89,6 +89,9 @@ def running_cluster(model: Path, directory: Path, *flags: str) -> Iterator[Clust
             log=log,
         )
         yield cluster
+        if process.poll() is not None:
+            return  # the test has stopped it
+        cluster.wait_until_balanced()
         family = cluster.processes()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, log.read_text()[-4000:]

@@ -210,6 +210,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                     instance_id=peer.instance_id, connected=True, transport="grpc"
                 )
                 self.say(peer=state)
+                self._bus.workers[peer.instance_id].say(
+                    peer=worker_pb2.PeerState(instance_id=self.id, connected=True, transport="grpc")
+                )
         elif kind == "reserve":
             self._spawn(self._reserve(message.reserve))
         elif kind == "prefill":

@@ -44,9 +44,12 @@ def pages(device: torch.device = CPU, **changes: Any) -> int:
 
 @pytest.fixture
 def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended GPU: 1,000 pages in all, 600 of them free."""
+    """A pretended GPU: 1,000 pages in all, 600 of them free, 100 taken by this process."""
     figures = (600 * PAGE_BYTES, 1000 * PAGE_BYTES)
     monkeypatch.setattr(device_module, "_memory", lambda device: figures)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 80 * PAGE_BYTES)
+    monkeypatch.setattr(device_module, "CONTEXT_BYTES", 20 * PAGE_BYTES)
+    monkeypatch.setattr(device_module, "SPARE_BYTES", 50 * PAGE_BYTES)
 
 
 def test_auto_takes_float32_on_a_cpu_and_bfloat16_on_a_gpu() -> None:
@@ -77,14 +80,20 @@ def test_tokens_are_rounded_up_to_pages() -> None:
 
 @pytest.mark.usefixtures("gpu_memory")
 def test_a_gpu_gives_what_the_fraction_leaves() -> None:
-    # 800 allowed, 400 in use, 100 reserved, 1 for padding.
-    assert pages(CUDA, mem_fraction=0.8, reserved_bytes=100 * PAGE_BYTES) == 299
+    # 500 allowed, 100 taken here, 100 reserved, 1 for padding.
+    assert pages(CUDA, mem_fraction=0.5, reserved_bytes=100 * PAGE_BYTES) == 299
+
+
+@pytest.mark.usefixtures("gpu_memory")
+def test_what_others_took_of_a_shared_gpu_is_not_taken_again() -> None:
+    # 800 allowed, but 600 free of which 50 are spared, 100 reserved, 1 for padding.
+    assert pages(CUDA, mem_fraction=0.8, reserved_bytes=100 * PAGE_BYTES) == 449
 
 
 @pytest.mark.usefixtures("gpu_memory")
 def test_no_room_is_a_config_error_with_the_figures() -> None:
-    with pytest.raises(ConfigError, match=r"mem_fraction 0\.4 allows"):
-        pages(CUDA, mem_fraction=0.4)
+    with pytest.raises(ConfigError, match=r"mem_fraction 0\.1 allows"):
+        pages(CUDA, mem_fraction=0.1)
     with pytest.raises(ConfigError, match="max_total_tokens asks for"):
         pages(CUDA, max_total_tokens=601 * 64)
     assert pages(CUDA, max_total_tokens=599 * 64) == 599

@@ -104,7 +104,7 @@ def test_mixing_is_left_out_where_either_side_wants_logprobs() -> None:
 def test_requests_come_first_in_first_out_and_by_priority_where_that_is_on() -> None:
     for priorities, expected in ((False, ["a", "b", "c"]), (True, ["c", "a", "b"])):
         engine = Engine(max_running_requests=1, priorities=priorities)
-        for rid, priority in (("a", 0), ("b", 0), ("c", 5)):
+        for rid, priority in (("a", 0), ("b", 0), ("c", -5)):
             engine.add(make_req(rid, [1] * 4, max_new_tokens=2, priority=priority))
         engine.drain()
         assert engine.released == expected
