@@ -18,7 +18,7 @@ from engine.scheduler.role import OwnerKind
 from engine.types import RequestId
 from kvtransfer.digest import copy_and_digest, seals_of
 from kvtransfer.errors import NoSlotsError, TransferError
-from kvtransfer.events import KvEvent, PagesLanded, TransferCompleted, TransferFailedEvent
+from kvtransfer.events import KvEvent, PagesLanded, TransferFailedEvent, WriterFinished
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
@@ -50,8 +50,11 @@ class Landing:
     """Expected chain hash of each page, the prefix's included."""
     pages: list[int] = field(default_factory=list)
     """All pages of the request; bound when the first one lands, a promise until then."""
-    kv_bytes: int = 0
     transport: str = ""
+    accepted: set[int] = field(default_factory=set)
+    """Positions of pages that were copied and verified."""
+    first_token: int | None = None
+    """Known when the writer has finished."""
     verify_s: float = 0.0
     """Copy and check of the pages that landed last: what the handover waited for."""
     verified: float = 0.0
@@ -168,7 +171,7 @@ class DecodeRole(EngineRole):
             token_hash=chain[-1],
             chain_hashes=chain[len(prefix) :],
         )
-        self._landings[head.rid] = Landing(req, prefix, chain)
+        self._landings[head.rid] = Landing(req, prefix, chain, transport=ticket.transport)
         request_id, attempt = split_rid(head.rid)
         reserved = worker_pb2.Reserved(
             request_id=request_id,
@@ -199,8 +202,11 @@ class DecodeRole(EngineRole):
         match event:
             case PagesLanded():
                 self._on_landed(event)
-            case TransferCompleted():
-                self._on_completed(event)
+            case WriterFinished(request_id=request_id, first_token=first_token):
+                landing = self._landings.get(RequestId(request_id))
+                if landing is not None:
+                    landing.first_token = first_token
+                    self._join_if_whole(RequestId(request_id), landing)
             case TransferFailedEvent(request_id=request_id, failure=failure, detail=detail):
                 rid = RequestId(request_id)
                 if rid in self._landings:
@@ -234,6 +240,8 @@ class DecodeRole(EngineRole):
         self.agent.accept(rid, [page.position for page in event.pages])
         landing.verified = time.monotonic()
         landing.verify_s = landing.verified - started
+        landing.accepted.update(page.position for page in event.pages)
+        self._join_if_whole(rid, landing)
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
         """Copies slots into the request's pages; what is wrong with them, or nothing."""
@@ -254,16 +262,14 @@ class DecodeRole(EngineRole):
                 return f"page {page.position} is not what was sealed"
         return ""
 
-    def _on_completed(self, event: TransferCompleted) -> None:
-        rid = RequestId(event.request_id)
-        landing = self._landings.pop(rid, None)
-        if landing is None:
+    def _join_if_whole(self, rid: RequestId, landing: Landing) -> None:
+        travelled = len(landing.chain) - len(landing.prefix)
+        if landing.first_token is None or len(landing.accepted) < travelled:
             return
-        landing.kv_bytes = event.total_bytes
-        landing.transport = event.transport
+        del self._landings[rid]
         landing.completed = time.monotonic()
         self._joined[rid] = landing
-        self.scheduler.add_prebuilt(landing.req, landing.pages, event.first_token)
+        self.scheduler.add_prebuilt(landing.req, landing.pages, landing.first_token)
 
     def page_owners(self) -> Iterable[tuple[OwnerKind, Sequence[int]]]:
         return [("in_use", landing.pages or landing.prefix) for landing in self._landings.values()]
@@ -284,7 +290,7 @@ class DecodeRole(EngineRole):
             transfer_tail_ms=(landing.completed - landing.verified) * 1e3,
             join_ms=(forward - landing.completed) * 1e3,
             first_decode_step_ms=(now - forward) * 1e3,
-            kv_bytes=landing.kv_bytes,
+            kv_bytes=len(landing.accepted) * self.parts.layout.page_bytes,
             transport=landing.transport,
         )
 

@@ -20,6 +20,7 @@ from kvtransfer.events import (
     SourceReleased,
     TransferCompleted,
     TransferFailedEvent,
+    WriterFinished,
 )
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
@@ -247,7 +248,7 @@ class TransferAgent:
                     del self._held[event.request_id]
                 if event.quiesced:
                     self._failures[event.failure.name.lower()] += 1
-            case PagesLanded():
+            case PagesLanded() | WriterFinished():
                 return self._receiving.get(event.request_id) == event.ticket_id
             case TransferCompleted():
                 if self._receiving.get(event.request_id) != event.ticket_id:

@@ -20,8 +20,19 @@ class PagesLanded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriterFinished:
+    """Decode: the writer has sent all pages and has stopped. A request whose pages were all
+    accepted may join at once: what is left is the acknowledgement, and nobody waits for that.
+    """
+
+    request_id: str
+    ticket_id: int
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferCompleted:
-    """Decode: every page was accepted and the writer has stopped; the request may join."""
+    """Decode: every page was accepted and acknowledged; the slots are free again."""
 
     request_id: str
     ticket_id: int
@@ -82,6 +93,7 @@ class TransferThreadFailed:
 
 KvEvent = (
     PagesLanded
+    | WriterFinished
     | TransferCompleted
     | SourceReleased
     | TransferFailedEvent

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 
 from kvtransfer import messages
 from kvtransfer.errors import DuplicateTransferError, UnknownPeerError
-from kvtransfer.events import KvEvent, PagesLanded, TransferCompleted, TransferFailedEvent
+from kvtransfer.events import (
+    KvEvent,
+    PagesLanded,
+    TransferCompleted,
+    TransferFailedEvent,
+    WriterFinished,
+)
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.quarantine import Quarantine
@@ -295,6 +301,13 @@ class Receiver:
             )
         elif entry.first_token is None:
             entry.first_token = complete.first_token
+            self._emit(
+                WriterFinished(
+                    request_id=entry.ticket.request_id,
+                    ticket_id=entry.ticket.ticket_id,
+                    first_token=entry.first_token,
+                )
+            )
             self._finish(entry)
         elif entry.first_token != complete.first_token:
             self._fail(entry, TransferFailure.MISMATCH, "two different first tokens were reported")
