@@ -45,7 +45,10 @@ async def test_decode_dies_at_any_token_and_the_client_does_not_notice(cluster: 
         assert result.last.usage.completion_tokens == LENGTH
         replay = prefill.kinds("prefill")[-1]
         assert list(replay.prompt_ids) == [1, 2, 3]
-        assert list(replay.output_so_far) == expected([1, 2, 3], index, seed=2)
+        # A dying worker's last message may be lost with it; what arrived is replayed, no more.
+        so_far = list(replay.output_so_far)
+        assert 1 <= len(so_far) <= index
+        assert so_far == expected([1, 2, 3], len(so_far), seed=2)
         assert (replay.attempt, replay.sampling.seed) == (1, 2)
 
 
