@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from engine.execution.logit_edits import LogitEdits
+
 
 class ForwardMode(Enum):
     """What a batch does (scheduling.md section 4)."""
@@ -51,6 +53,38 @@ class SamplingBatch:
     any_top_k: bool
     any_top_p: bool
     any_logprobs: bool
+    min_p: torch.Tensor | None = None
+    """[b] float32, 0 keeps all; None: nobody asks."""
+    edits: LogitEdits | None = None
+    """What happens to the logits before a token is drawn; None: nothing."""
+    top: "TopRows | None" = None
+    """Who wants alternatives beside the token; None: nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopRows:
+    """Requests that want the most likely tokens reported."""
+
+    rows: list[int]
+    """Their places in the batch, ascending."""
+    rows_on_device: torch.Tensor
+    """[r] int64, the same."""
+    count: int
+    """Alternatives for each: the most that one of them wants, at least 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTargets:
+    """Prompt tokens of an extend whose log probabilities are wanted, request after request."""
+
+    inputs: torch.Tensor
+    """[n] int64; of the extend's t inputs, the one before each target: its logits judge it."""
+    target_ids: torch.Tensor
+    """[n] int64."""
+    counts: list[int]
+    """[b]; targets of each request; sums to n."""
+    top: int
+    """Alternatives for each: the most that one of the requests wants; may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +111,20 @@ class ForwardBatch:
     req_to_token: torch.Tensor
     """[rows, max_context] int32; token slot of each position of each row."""
     sampling: SamplingBatch
+    prompt_targets: PromptTargets | None = None
+    """None: nobody wants log probabilities of the prompt, or all were reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities of `n` tokens under the model's unmodified distributions, on the device."""
+
+    chosen: torch.Tensor
+    """[n] float32; of the tokens themselves."""
+    top_ids: torch.Tensor
+    """[n, k] int64; the most likely tokens, most likely first, ties by the lowest id."""
+    top: torch.Tensor
+    """[n, k] float32; theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +135,10 @@ class ForwardResult:
     """[b] int64, on the device."""
     logprobs: torch.Tensor | None
     """[b] float32, on the device; None unless some request asked."""
+    top: TokenLogprobs | None = None
+    """Of the rows that `SamplingBatch.top` names, in that order."""
+    prompt: TokenLogprobs | None = None
+    """Of `ForwardBatch.prompt_targets`."""
 
 
 class BatchRunner(Protocol):

@@ -9,11 +9,20 @@ from engine.execution.attention import AttentionBackend, AttentionName, create_a
 from engine.execution.decode_graphs import DecodeGraphs
 from engine.execution.device import kv_pool_pages, to_device
 from engine.execution.flashinfer_attention import FlashInferAttention
-from engine.execution.forward_batch import ForwardBatch, ForwardMode, ForwardResult
-from engine.execution.sampler import Sampler
+from engine.execution.forward_batch import (
+    ForwardBatch,
+    ForwardMode,
+    ForwardResult,
+    PromptTargets,
+    TokenLogprobs,
+)
+from engine.execution.sampler import Sampler, token_logprobs
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder, load_decoder
+
+PROMPT_LOGITS_TOKENS = 1024
+"""Prompt tokens whose logits exist at a time: 0.5 GiB in float32 for a vocabulary of 131,072."""
 
 
 class ModelRunner:
@@ -39,7 +48,9 @@ class ModelRunner:
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         """Writes the KV of all input tokens, and draws one token a request."""
-        return self._sampler.sample(self.forward_logits(batch), batch.sampling)
+        if batch.prompt_targets is None:
+            return self._sampler.sample(self.forward_logits(batch), batch.sampling)
+        return self._forward_prompt(batch, batch.prompt_targets)
 
     # no_grad and not inference_mode: the scheduler may go on computing with the result's tensors,
     # and inference tensors refuse in-place changes outside that mode.
@@ -51,16 +62,41 @@ class ModelRunner:
             raise ValueError(f"a {batch.forward_mode.name} batch has no forward")
         if self._decode_graphs is not None and self._decode_graphs.can_run(batch):
             return self._decode_graphs.forward_logits(batch)
+        return self.decoder.logits(self._hidden(batch, self._last_tokens(batch)))
+
+    @torch.no_grad()
+    def _forward_prompt(self, batch: ForwardBatch, targets: PromptTargets) -> ForwardResult:
+        """As `forward`, with log probabilities of prompt tokens, in slices to bound memory."""
+        hidden = self._hidden(batch, None)
+        slices = [
+            token_logprobs(self.decoder.logits(hidden[inputs]), target_ids, targets.top)
+            for inputs, target_ids in zip(
+                torch.split(targets.inputs, PROMPT_LOGITS_TOKENS),
+                torch.split(targets.target_ids, PROMPT_LOGITS_TOKENS),
+                strict=True,
+            )
+        ]
+        prompt = TokenLogprobs(
+            chosen=torch.cat([part.chosen for part in slices]),
+            top_ids=torch.cat([part.top_ids for part in slices]),
+            top=torch.cat([part.top for part in slices]),
+        )
+        last_tokens = self._last_tokens(batch)
+        last = hidden if last_tokens is None else hidden[last_tokens]
+        result = self._sampler.sample(self.decoder.logits(last), batch.sampling)
+        return replace(result, prompt=prompt)
+
+    def _hidden(self, batch: ForwardBatch, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states of the input tokens `tokens` (None: of all), and the KV of all written."""
         self.attention.plan(batch)
-        hidden = self.decoder.forward(
+        return self.decoder.forward(
             batch.input_ids,
             batch.positions,
             self.kv_pool.rows(batch.out_cache_loc),
             self.kv_pool,
             self.attention,
-            self._last_tokens(batch),
+            tokens,
         )
-        return self.decoder.logits(hidden)
 
     def _last_tokens(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Index of each request's last input token; None where all tokens are."""

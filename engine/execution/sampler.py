@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.execution.forward_batch import ForwardResult, SamplingBatch
+from engine.execution.forward_batch import ForwardResult, SamplingBatch, TokenLogprobs, TopRows
 from engine.execution.noise import gumbel_noise
 
 _LEAST_TEMPERATURE = 1e-20
@@ -10,35 +10,47 @@ _LEAST_TEMPERATURE = 1e-20
 
 
 class Sampler:
-    """Greedy, or temperature, then top-k, then top-p, then the Gumbel-max draw.
+    """Edits of the logits first; then greedy, or temperature, top-k, top-p, min-p and the
+    Gumbel-max draw.
 
     Order and meaning follow common usage: top-k keeps the k most likely tokens; top-p, over what
     is left and renormalised, keeps the smallest set of most likely tokens whose probability
-    reaches p, the token that crosses it included. Ties go to the lowest token id throughout.
+    reaches p, the token that crosses it included; min-p drops what is less likely than that part
+    of the most likely token. Ties go to the lowest token id throughout.
     """
 
     def sample(self, logits: torch.Tensor, sampling: SamplingBatch) -> ForwardResult:
         """Tokens for `logits` [b, vocab] float32, which are left unchanged.
 
-        Logprobs are natural logarithms under the softmax of the logits as they are: neither
-        temperature nor truncation changes them.
+        Logprobs are natural logarithms under the softmax of the logits as they are: neither edits,
+        temperature nor truncation change them.
         """
-        tokens = torch.argmax(logits, dim=-1)
+        edited = logits
+        if sampling.edits is not None:
+            edited = sampling.edits.apply(logits, sampling.position)
+        tokens = torch.argmax(edited, dim=-1)
         if not sampling.all_greedy:
-            drawn = self._draw(logits, sampling)
+            drawn = self._draw(edited, sampling)
             tokens = torch.where(sampling.temperature == 0, tokens, drawn)
         logprobs = None
         if sampling.any_logprobs:
             chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
             logprobs = chosen - torch.logsumexp(logits, dim=-1)
-        return ForwardResult(next_token_ids=tokens, logprobs=logprobs)
+        top = None if sampling.top is None else _top_of_rows(logits, tokens, sampling.top)
+        return ForwardResult(next_token_ids=tokens, logprobs=logprobs, top=top)
 
     def _draw(self, logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         temperature = sampling.temperature.clamp(min=_LEAST_TEMPERATURE)[:, None]
         # From the largest down, so that a tiny temperature gives 0 and -inf, never inf - inf.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        unlikely = None
+        if sampling.min_p is not None:
+            # The largest is 0 here and stays: neither top-k nor top-p drops it.
+            unlikely = scaled < sampling.min_p.log()[:, None]
         if sampling.any_top_k or sampling.any_top_p:
             scaled = scaled.masked_fill_(~kept_tokens(scaled, sampling), float("-inf"))
+        if unlikely is not None:
+            scaled = scaled.masked_fill_(unlikely, float("-inf"))
         noise = gumbel_noise(sampling.seed, sampling.position, logits.shape[-1])
         return torch.argmax(scaled.add_(noise), dim=-1)
 
@@ -61,3 +73,36 @@ def kept_tokens(scaled: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         kept = kept & ((before < top_p) | (top_p >= 1.0))
         kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(-1, ids, kept)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> TokenLogprobs:
+    """Log probabilities of `tokens` [n] and of the `count` most likely ones under the softmax of
+    `logits` [n, vocab] float32."""
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    ids = most_likely(logits, count)
+    return TokenLogprobs(
+        chosen=(logits.gather(-1, tokens[:, None]) - total).squeeze(-1),
+        top_ids=ids,
+        top=logits.gather(-1, ids) - total,
+    )
+
+
+def most_likely(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """[n, count] int64: ids of the largest of `logits` [n, vocab] float32, largest first.
+
+    Ties go to the lowest id, which topk on the logits does not promise: bfloat16 models tie often,
+    and the first one named must be the one that greedy draws.
+    """
+    count = min(count, logits.shape[-1])
+    if count == 0:
+        return torch.empty(logits.shape[0], 0, dtype=torch.int64, device=logits.device)
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0 and 0 are a tie
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the floats
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    keys = (rising.to(torch.int64) << 32) - ids
+    return torch.topk(keys, count, dim=-1).indices
+
+
+def _top_of_rows(logits: torch.Tensor, tokens: torch.Tensor, wanted: TopRows) -> TokenLogprobs:
+    rows = wanted.rows_on_device
+    return token_logprobs(logits.index_select(0, rows), tokens.index_select(0, rows), wanted.count)

@@ -12,11 +12,20 @@ from collections.abc import Sequence
 CHAIN_HASH_BYTES = 16
 
 
+def namespace_hash(extra_key: str) -> bytes:
+    """What comes before the first page of a namespace (LoRA id, cache salt): b"" for the empty
+    one, else 16 bytes that no page's hash equals."""
+    if not extra_key:
+        return b""
+    return hashlib.blake2b(
+        extra_key.encode(), digest_size=CHAIN_HASH_BYTES, person=b"namespace"
+    ).digest()
+
+
 def chain_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
     """16 bytes: BLAKE2b over `previous` and `token_ids` as little-endian int64.
 
-    `previous` is the hash of the page before, or for the first page b"" or the bytes of the
-    namespace (LoRA id, cache salt) that the tokens belong to.
+    `previous` is the hash of the page before, or for the first page that of the namespace.
     """
     digest = hashlib.blake2b(previous, digest_size=CHAIN_HASH_BYTES)
     digest.update(struct.pack(f"<{len(token_ids)}q", *token_ids))

@@ -47,7 +47,7 @@ class ScheduleBatchDisaggregationDecodeMixin:
         batch.extend_num_tokens = 0
         batch.describe_rows(rows, [req.kv_committed_len for req in batch.reqs])
         batch.last_loc = torch.tensor(last_slots, dtype=torch.int64, device=batch.device)
-        batch.sampling = SamplingState.of(batch.reqs, batch.device)
+        batch.sampling = SamplingState.of(batch.reqs, batch.device, vocab_size=batch.vocab_size)
 
     def process_prebuilt(self, first_tokens: Sequence[int]) -> None:
         """Seeds the first tokens, which the client has from the prefill worker, and gives the

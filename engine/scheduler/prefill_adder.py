@@ -244,6 +244,7 @@ class PrefillAdder:
         return ScheduleBatch(
             reqs=self.can_run_list,
             memory=self.running_batch.memory,
+            vocab_size=self.running_batch.vocab_size,
             is_prefill_only=self.prefill_only,
             chunked_req=self.new_chunked_req,
         )

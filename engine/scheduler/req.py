@@ -7,6 +7,7 @@ from enum import Enum, auto
 from engine.memory.prefix_cache import BasePrefixCache, TreeNode
 from engine.sampling_params import SamplingParams
 from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
+from engine.scheduler.logprobs import PromptToken
 from engine.types import RequestId
 
 
@@ -73,6 +74,9 @@ class Req:
         self.stop_token_ids = sampling_params.stop_token_ids
         if not sampling_params.ignore_eos:
             self.stop_token_ids = self.stop_token_ids | frozenset(eos_token_ids)
+        self.ending_token_ids = sampling_params.stop_token_ids | frozenset(eos_token_ids)
+        """What may not be drawn before `min_tokens`; with ignore_eos, too, that is a text without
+        an end in it."""
         self.max_new_tokens = sampling_params.max_new_tokens
         """All outputs, replayed ones included; the scheduler lowers it to the context's end."""
         self.priority = priority
@@ -83,6 +87,8 @@ class Req:
         self.stop_token: int | None = None
         self.logprobs: list[float] = []
         """Natural-log probability of each output drawn here, if wanted; prior ones have none."""
+        self.prompt_tokens: list[PromptToken] = []
+        """The prompt as far as it is judged, until it leaves with the first token, if wanted."""
         self.retraction_count = 0
 
         self.req_pool_idx: int | None = None
@@ -147,6 +153,11 @@ class Req:
         """Whether the current extend reaches the last token known."""
         return self.prefix_len + self.extend_input_len == self.seqlen
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether they are still to be computed: they leave with the first token."""
+        return self.sampling_params.prompt_logprobs is not None and not self.output_ids
+
     def token_ids(self, end: int) -> list[int]:
         """The first `end` tokens of prompt and output."""
         if end <= len(self.origin_input_ids):
@@ -157,15 +168,21 @@ class Req:
         """Tokens of positions `start .. end - 1`."""
         return self.token_ids(end)[start:]
 
-    def init_next_round_input(self, tree_cache: BasePrefixCache | None = None) -> None:
+    def init_next_round_input(
+        self, tree_cache: BasePrefixCache | None = None, *, computed_here: bool = True
+    ) -> None:
         """Describes the next extend: everything that has no KV yet.
 
         With a tree, the request owns nothing yet: takes the longest cached prefix of all but the
-        last token, which must be an input to draw from. The match is not locked: `drop_match`
-        unless it is locked before anything may evict.
+        last token, which must be an input to draw from, and none where all of the prompt must be
+        an input to be judged. The match is not locked: `drop_match` unless it is locked before
+        anything may evict. `computed_here`: False where the KV comes by transfer.
         """
         if tree_cache is not None:
-            match = tree_cache.match_prefix(self.token_ids(self.seqlen - 1), self.extra_key)
+            end = self.seqlen - 1
+            if computed_here and self.wants_prompt_logprobs:
+                end = 0
+            match = tree_cache.match_prefix(self.token_ids(end), self.extra_key)
             self.pages = list(match.pages)
             self.last_node = match.last_node
             self.tree_len = self.kv_committed_len = len(match.pages) * tree_cache.page_size
@@ -190,7 +207,7 @@ class Req:
         self.output_ids.append(token)
         if self.t_first_token == 0.0:
             self.t_first_token = time.monotonic()
-        if logprob is not None and self.sampling_params.logprobs:
+        if logprob is not None and self.sampling_params.wants_logprobs:
             self.logprobs.append(logprob)
         self.check_finished()
 
@@ -210,4 +227,5 @@ class Req:
         """Back to the queue: pages and row were given back, tokens stay."""
         self.retraction_count += 1
         self.phase = RequestPhase.WAITING
+        self.prompt_tokens = []
         self.drop_match()

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.errors import EngineError
-from engine.execution.forward_batch import ForwardBatch, ForwardMode
+from engine.execution.forward_batch import ForwardBatch, ForwardMode, PromptTargets
 from engine.memory.req_to_token import page_slots
 from engine.scheduler.batch_memory import BatchMemory
 from engine.scheduler.decode_mixin import ScheduleBatchDisaggregationDecodeMixin
+from engine.scheduler.logprobs import prompt_targets
 from engine.scheduler.req import Req
 from engine.scheduler.sampling_state import SamplingState
 
@@ -30,6 +31,8 @@ def _empty() -> torch.Tensor:
 class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     """`b` requests; `t` input tokens of the step being prepared."""
 
+    vocab_size: int = 0
+    """Width of the logits; requests with penalties count tokens in rows of it."""
     is_hybrid: bool = False
     """Layers with pools of their own (sliding windows); one pool for all so far."""
     model_config: object | None = None
@@ -70,10 +73,14 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     num_decode_rows: int = 0
     """Of a MIXED batch: its last rows, which come from the running batch."""
     sampling: SamplingState | None = None
+    prompt_targets: PromptTargets | None = None
+    """Prompt tokens that this step judges, where somebody asked."""
 
     @property
     def return_logprob(self) -> bool:
-        return any(req.sampling_params.logprobs for req in self.reqs)
+        return any(
+            req.sampling_params.wants_logprobs or req.wants_prompt_logprobs for req in self.reqs
+        )
 
     # ---- preparing a step
 
@@ -120,7 +127,10 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
         ).to(self.device)
         self.out_cache_loc = torch.cat(slots_of_inputs).to(self.device)
         self.last_loc = torch.stack([slots[-1] for slots in slots_of_inputs]).to(self.device)
-        self.sampling = SamplingState.of(self.reqs, self.device)
+        self.sampling = SamplingState.of(self.reqs, self.device, vocab_size=self.vocab_size)
+        self.prompt_targets = prompt_targets(
+            self.reqs, self.prefix_lens, self.extend_lens, self.device
+        )
 
     def describe_rows(self, rows: Sequence[int], seq_lens: list[int]) -> None:
         self.req_pool_indices = torch.tensor(rows, dtype=torch.int64, device=self.device)
@@ -151,6 +161,9 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
         self.out_cache_loc = self.last_loc = loc
         self.req_to_token_pool.write_each(self.req_pool_indices, self.seq_lens, loc)
         self.input_ids = self.output_ids
+        if self.sampling is not None:
+            self.sampling.count(self.output_ids)
+        self.prompt_targets = None
         self.positions = self.seq_lens
         self.seq_lens = self.seq_lens + 1
         self.orig_seq_lens = self.orig_seq_lens + 1
@@ -202,6 +215,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             req_to_token=self.req_to_token_pool.req_to_token,
             # The token drawn follows all those with KV, so its position is their number.
             sampling=self.sampling.at(self.seq_lens),
+            prompt_targets=self.prompt_targets,
         )
 
     # ---- members

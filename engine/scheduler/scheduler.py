@@ -50,7 +50,7 @@ class Scheduler:
 
         self.waiting_queue: list[Req] = []
         self.chunked_req: Req | None = None
-        self.running_batch = ScheduleBatch(reqs=[], memory=memory)
+        self.running_batch = self._batch_of([])
         self.last_batch: ScheduleBatch | None = None
         self.prebuilt: dict[Req, int] = {}
         """Requests whose KV has arrived, with their first token; they join on the next pass."""
@@ -108,10 +108,9 @@ class Scheduler:
         self.prebuilt[req] = first_token
 
     def lock_prefix(self, req: Req) -> list[int]:
-        """For a request that will come by `add_prebuilt`: locks what the tree has of its prompt,
-        in whole pages. These pages are the first of the `pages` given later.
-        """
-        req.init_next_round_input(self.memory.tree_cache)
+        """Locks what the tree has of a request that will come by `add_prebuilt`, in whole pages:
+        the first of the `pages` given later."""
+        req.init_next_round_input(self.memory.tree_cache, computed_here=False)
         if req.last_node is not None:
             self.memory.tree_cache.inc_lock_ref(req.last_node)
         return list(req.pages)
@@ -141,9 +140,8 @@ class Scheduler:
         return True
 
     def release_request(self, req: Req) -> None:
-        """For the role: nobody reads this request's pages any more. Nothing happens if it owns
-        none. Raises `EngineError` for one that still runs or waits: abort it first.
-        """
+        """For the role: nobody reads this request's pages any more (it may own none). Raises
+        `EngineError` for one that still runs or waits: abort it first."""
         self._lifecycle.release(req)
 
     def request_pages(self, req: Req) -> list[int]:
@@ -284,6 +282,9 @@ class Scheduler:
 
     # ---- parts of a pass
 
+    def _batch_of(self, reqs: list[Req]) -> ScheduleBatch:
+        return ScheduleBatch(reqs=reqs, memory=self.memory, vocab_size=self.config.vocab_size)
+
     def _settle_aborts(self) -> None:
         aborts, self._deferred_aborts = self._deferred_aborts, []
         for req in aborts:
@@ -305,7 +306,7 @@ class Scheduler:
         joining = [(req, self.prebuilt[req]) for req in list(self.prebuilt)[:rows]]
         if not joining:
             return
-        batch = ScheduleBatch(reqs=[req for req, _ in joining], memory=self.memory)
+        batch = self._batch_of([req for req, _ in joining])
         batch.prepare_for_prebuilt()
         batch.process_prebuilt([token for _, token in joining])
         for req, _ in joining:
@@ -354,7 +355,7 @@ class Scheduler:
         ):
             running.prepare_for_decode()
             batch.mix_with_running(running)
-            self.running_batch = ScheduleBatch(reqs=[], memory=self.memory)
+            self.running_batch = self._batch_of([])
         return batch
 
     def _make_last_fit(self, req: Req) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.errors import EngineError
+from engine.scheduler.logprobs import Alternatives, PromptToken
 from engine.scheduler.req import FinishReason
 from engine.types import RequestId
 
@@ -23,6 +24,10 @@ class TokenOutput:
     """With the last token."""
     stop_token: int | None = None
     """The token that ended it, where the reason is `STOP`."""
+    top: Alternatives = ()
+    """The most likely tokens at this position, as many as were asked for."""
+    prompt: list[PromptToken] | None = None
+    """With the first token: the prompt's, where asked for."""
 
 
 @dataclass(slots=True)

@@ -26,6 +26,18 @@ def validate_request(
         raise InvalidRequestError(
             f"request {req.rid}: token id {wrong} is not in [0, {config.vocab_size})"
         )
+    named = {*req.sampling_params.logit_bias, *req.sampling_params.stop_token_ids}
+    if named and not (min(named) >= 0 and max(named) < config.vocab_size):
+        wrong = next(t for t in named if not 0 <= t < config.vocab_size)
+        raise InvalidRequestError(
+            f"request {req.rid}: token id {wrong} of logit_bias or stop_token_ids is not in "
+            f"[0, {config.vocab_size})"
+        )
+    if req.sampling_params.min_tokens and len(req.ending_token_ids) >= config.vocab_size:
+        raise InvalidRequestError(
+            f"request {req.rid}: every token ends the output, so none may be drawn before "
+            f"min_tokens {req.sampling_params.min_tokens}"
+        )
     room = config.context_length - req.prompt_len
     if room < 1:
         raise InvalidRequestError(

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.execution.forward_batch import ForwardBatch, ForwardMode, SamplingBatch
+from engine.execution.forward_batch import ForwardBatch, ForwardMode, SamplingBatch, TopRows
+from engine.execution.logit_edits import LogitEdits
 from engine.memory.kv_pool import PageMajorKVPool
 
 
@@ -90,9 +91,14 @@ class Harness:
 
 
 def sampling_batch(
-    rows: list[dict[str, float]], *, device: torch.device, logprobs: bool = False
+    rows: list[dict[str, float]],
+    *,
+    device: torch.device,
+    logprobs: bool = False,
+    edits: LogitEdits | None = None,
 ) -> SamplingBatch:
-    """One dict a request: temperature, top_p, top_k, seed, position; what is absent is neutral."""
+    """One dict a request: temperature, top_p, top_k, min_p, seed, position, top_logprobs; what is
+    absent is neutral."""
 
     def column(name: str, default: float) -> list[float]:
         return [row.get(name, default) for row in rows]
@@ -103,6 +109,12 @@ def sampling_batch(
         return torch.tensor(wrapped, dtype=torch.int64, device=device)
 
     temperatures, top_ps = column("temperature", 0.0), column("top_p", 1.0)
+    min_ps, tops = column("min_p", 0.0), [int(count) for count in column("top_logprobs", 0)]
+    top_rows = [row for row, count in enumerate(tops) if count]
+    top = None
+    if top_rows:
+        on_device = torch.tensor(top_rows, dtype=torch.int64, device=device)
+        top = TopRows(rows=top_rows, rows_on_device=on_device, count=max(tops))
     return SamplingBatch(
         temperature=torch.tensor(temperatures, dtype=torch.float32, device=device),
         top_p=torch.tensor(top_ps, dtype=torch.float32, device=device),
@@ -113,6 +125,9 @@ def sampling_batch(
         any_top_k=any(column("top_k", 0)),
         any_top_p=any(value < 1 for value in top_ps),
         any_logprobs=logprobs,
+        min_p=torch.tensor(min_ps, dtype=torch.float32, device=device) if any(min_ps) else None,
+        edits=edits,
+        top=top,
     )
 
 

@@ -9,11 +9,13 @@ import torch
 from engine.execution.attention import create_attention, flashinfer_obstacle
 from engine.execution.model_runner import ModelRunner
 from engine.execution.noise import gumbel_noise
+from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder, load_decoder
 from tests.checkpoints import random_prompt, write_config
 from tests.engine.execution.harness import Harness
+from tests.engine.execution.test_logit_edits import everything
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,3 +95,18 @@ def test_sampling_noise_is_that_of_the_cpu() -> None:
     expected = gumbel_noise(seed, position, 10_000)
     actual = gumbel_noise(seed.cuda(), position.cuda(), 10_000).cpu()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_draw_with_everything_waits_for_nothing_and_equals_the_cpu() -> None:
+    on_cpu = Sampler().sample(*everything(torch.device("cpu")))
+    logits, batch = everything(torch.device("cuda"))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = Sampler().sample(logits, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.next_token_ids.tolist() == on_cpu.next_token_ids.tolist()
+    assert result.top is not None
+    assert on_cpu.top is not None
+    assert result.top.top_ids.tolist() == on_cpu.top.top_ids.tolist()

@@ -73,16 +73,22 @@ class StubRunner:
         assert len(set(slots)) == len(slots)
         self.kv_token[batch.out_cache_loc] = batch.input_ids
         self.kv_position[batch.out_cache_loc] = batch.positions
-        drawn: list[int] = []
+        histories: list[list[int]] = []
         rows = batch.req_pool_indices.tolist()
         assert len(set(rows)) == b
-        for row, length, seed in zip(
-            rows, batch.seq_lens_cpu, batch.sampling.seed.tolist(), strict=True
-        ):
+        for row, length in zip(rows, batch.seq_lens_cpu, strict=True):
             where = batch.req_to_token[row, :length].long()
             assert self.kv_position[where].tolist() == list(range(length))
-            drawn.append(next_token(self.kv_token[where].tolist(), seed))
+            histories.append(self.kv_token[where].tolist())
         self.forwards.append((batch.forward_mode, list(batch.extend_lens)))
+        return self.draw(batch, histories)
+
+    def draw(self, batch: ForwardBatch, histories: list[list[int]]) -> ForwardResult:
+        """A token a request, after `histories`, all that its KV holds."""
+        drawn = [
+            next_token(tokens, seed)
+            for tokens, seed in zip(histories, batch.sampling.seed.tolist(), strict=True)
+        ]
         logprobs = None
         if batch.sampling.any_logprobs:
             logprobs = torch.tensor([-float(token) for token in drawn])
@@ -135,6 +141,7 @@ class Engine:
         max_queued_requests: int = 64,
         priorities: bool = False,
         conservativeness: float = 1.0,
+        runner: type[StubRunner] = StubRunner,
     ) -> None:
         self.memory = make_memory_pools(
             num_pages=pages,
@@ -143,7 +150,7 @@ class Engine:
             max_context_len=CONTEXT,
             enable_radix_cache=radix,
         )
-        self.runner = StubRunner(self.memory)
+        self.runner = runner(self.memory)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 page_size=page_size,
