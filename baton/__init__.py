@@ -26,12 +26,13 @@ from baton.messages import (
     Completion,
     Model,
     Report,
-    RequestOptions,
     ServerInfo,
     Token,
+    TopLogprob,
     Usage,
     Worker,
 )
+from baton.options import RequestOptions
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "Tls",
     "Token",
     "TokenStream",
+    "TopLogprob",
     "Unavailable",
     "Usage",
     "Worker",

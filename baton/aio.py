@@ -5,39 +5,46 @@
             async for chunk in stream:
                 print(chunk.text, end="")
 
-Use the stream as a context manager wherever it may be left early: asyncio collects an abandoned
-stream only some time later, and until then the workers go on computing for it.
+Use the stream as a context manager wherever it may be left early: one that is merely abandoned is
+cancelled when Python collects it, and until then the workers go on computing for it.
 """
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from baton.connection import ConnectionConfig, target_of
-from baton.errors import error_from_call
+from baton.connection import ConnectionConfig, config_for, target_of
+from baton.errors import Cancelled, Unavailable, error_from_call
 from baton.messages import (
     Chunk,
     Collector,
     Completion,
     Model,
-    RequestOptions,
     ServerInfo,
-    build_request,
     chunk_from,
     model_from,
     server_info_from,
 )
+from baton.options import RequestOptions, build_request
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
+
+T = TypeVar("T")
 
 
 class AsyncTokenStream:
     """The chunks of one request, in order; an async iterator and an async context manager."""
 
-    def __init__(self, call: Any, request_id: str) -> None:
+    def __init__(
+        self, call: Any, request_id: str, wait: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._call = call
         self._responses = call.__aiter__()
+        self._wait = wait
         self.request_id = request_id
         """The request's id; known from the first chunk on where the router chose it."""
 
@@ -50,10 +57,14 @@ class AsyncTokenStream:
         Raises:
             RequestError: the router refused or lost the request.
         """
-        try:
-            chunk = chunk_from(await anext(self._responses))
-        except grpc.RpcError as error:
-            raise error_from_call(error, request_id=self.request_id) from None
+        if self._wait is not None:
+            wait, self._wait = self._wait, None
+            try:
+                await wait()
+            except BaseException:
+                self._call.cancel()
+                raise
+        chunk = chunk_from(await _typed(anext(self._responses), self.request_id))
         self.request_id = chunk.request_id or self.request_id
         return chunk
 
@@ -72,6 +83,11 @@ class AsyncTokenStream:
     ) -> None:
         await self.close()
 
+    def __del__(self) -> None:
+        # `async for chunk in client.generate(...): break` leaves no other trace than this.
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed
+            self._call.cancel()
+
 
 class AsyncClient:
     """A connection to a router, for one event loop."""
@@ -82,10 +98,14 @@ class AsyncClient:
         """Connects lazily: the first call meets a router that is away.
 
         Args:
-            address: host:port of the router's gRPC server.
+            address: host:port of the router's gRPC server; grpcs://host:port speaks TLS.
             config: keep-alive, limits, TLS.
+
+        Raises:
+            ValueError: the address asks for plain text where `config` asks for TLS.
         """
-        self._config = config or ConnectionConfig()
+        self._config = config_for(address, config)
+        self._address = address
         credentials = self._config.credentials()
         options = self._config.channel_options()
         target = target_of(address)
@@ -114,8 +134,12 @@ class AsyncClient:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
         """
         request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout))
-        return AsyncTokenStream(call, request_id=request.request_id)
+        lost = self._is_lost()
+        call = self._stub.Generate(
+            request, timeout=self._timeout(timeout), wait_for_ready=lost or None
+        )
+        wait = functools.partial(self._connected, timeout) if lost else None
+        return AsyncTokenStream(call, request.request_id, wait)
 
     async def complete(
         self,
@@ -141,12 +165,8 @@ class AsyncClient:
         Raises:
             RequestError: the router is out of reach.
         """
-        try:
-            response = await self._stub.Abort(
-                inference_pb2.AbortRequest(request_id=request_id), timeout=self._timeout(timeout)
-            )
-        except grpc.RpcError as error:
-            raise error_from_call(error, request_id=request_id) from None
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        response = await self._call(self._stub.Abort, request, timeout, request_id)
         return bool(response.found)
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
@@ -155,12 +175,8 @@ class AsyncClient:
         Raises:
             RequestError: the router is out of reach.
         """
-        try:
-            response = await self._stub.ListModels(
-                inference_pb2.ListModelsRequest(), timeout=self._timeout(timeout)
-            )
-        except grpc.RpcError as error:
-            raise error_from_call(error) from None
+        request = inference_pb2.ListModelsRequest()
+        response = await self._call(self._stub.ListModels, request, timeout)
         return [model_from(card) for card in response.models]
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
@@ -169,12 +185,8 @@ class AsyncClient:
         Raises:
             RequestError: the router is out of reach.
         """
-        try:
-            response = await self._stub.GetServerInfo(
-                inference_pb2.GetServerInfoRequest(), timeout=self._timeout(timeout)
-            )
-        except grpc.RpcError as error:
-            raise error_from_call(error) from None
+        request = inference_pb2.GetServerInfoRequest()
+        response = await self._call(self._stub.GetServerInfo, request, timeout)
         return server_info_from(response)
 
     async def close(self) -> None:
@@ -192,5 +204,49 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    async def _call(
+        self, method: Any, request: Any, timeout: float | None, request_id: str = ""
+    ) -> Any:
+        lost = self._is_lost()
+        call = method(request, timeout=self._timeout(timeout), wait_for_ready=lost or None)
+        try:
+            if lost:
+                await self._connected(timeout)
+            return await _typed(call, request_id)
+        finally:
+            call.cancel()
+
+    def _is_lost(self) -> bool:
+        """Whether a call would fail at once, in gRPC's pause between two attempts to connect."""
+        return (
+            self._config.reconnect_wait_s > 0
+            and self._channel.get_state() == grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        )
+
+    async def _connected(self, timeout: float | None) -> None:
+        limit, wait = self._timeout(timeout), self._config.reconnect_wait_s
+        try:
+            async with asyncio.timeout(wait if limit is None else min(wait, limit)):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            # Where the deadline came first, the call ends by itself and says so.
+            if limit is None or wait < limit:
+                raise Unavailable(
+                    f"no connection to {self._address} within {wait:g} s (reconnect_wait_s)"
+                ) from None
+
     def _timeout(self, timeout: float | None) -> float | None:
         return self._config.default_timeout_s if timeout is None else timeout
+
+
+async def _typed(response: Awaitable[T], request_id: str) -> T:
+    try:
+        return await response
+    except grpc.RpcError as error:
+        raise error_from_call(error, request_id=request_id) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # gRPC says it the same way when not the caller but the call was cancelled.
+        raise Cancelled("the call was cancelled on this side", request_id=request_id) from None

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import click
 
 import baton
+from baton.bench.settings import BenchConfig
+from baton.chat import ChatConfig, run_chat
+from baton.client_tls import ClientTls
 from baton.config import (
     ENVIRONMENT_PREFIX,
     Scalar,
@@ -26,7 +29,7 @@ from baton.demo import DEMO_DEFAULTS, DemoConfig, run_demo
 from baton.errors import RequestError
 from baton.lifetime import live_with_parent
 from baton.model_store import find_model
-from baton.plan import DECIDED, UpConfig, make_plan
+from baton.plan import DECIDED, ROUTER_TLS, UpConfig, make_plan
 from baton.remote import GenerateConfig, RouterAddress, run_generate, run_ps
 from baton.settings_flags import settings_command
 from baton.up import run_up
@@ -112,6 +115,13 @@ def _demo(given: dict[str, Scalar]) -> int:
     return asyncio.run(run_demo(fill(DemoConfig, given), DEMO_DEFAULTS | given))
 
 
+def _bench(given: dict[str, Scalar]) -> int:
+    # Imported here: it needs numpy and an HTTP client.
+    from baton.bench.command import run_bench
+
+    return run_bench(given)
+
+
 @click.command("version", help="Prints Baton's version and its protocol's.")
 def _version() -> int:
     print(f"baton {baton.__version__} (protocol {PROTOCOL_VERSION})")
@@ -123,7 +133,8 @@ def cli() -> None:
     known = {
         setting.variable
         for setting in settings_of(
-            UpConfig, RouterConfig, WorkerConfig, GenerateConfig, RouterAddress, DemoConfig
+            *(UpConfig, RouterConfig, WorkerConfig, DemoConfig),
+            *(GenerateConfig, ChatConfig, RouterAddress, BenchConfig, ClientTls),
         ).values()
     }
     for name in unknown_variables(os.environ, known):
@@ -177,7 +188,7 @@ cli.add_command(
         UpConfig,
         RouterConfig,
         WorkerConfig,
-        omit=DECIDED,
+        omit=DECIDED | ROUTER_TLS,
         help="Shows one request's whole journey. Starts everything on free ports, streams one "
         "answer, prints where its time and its KV went, and stops everything.",
     )
@@ -187,13 +198,37 @@ cli.add_command(
         "generate",
         run_generate,
         GenerateConfig,
+        ClientTls,
         arguments=[click.Argument(["prompt"])],
         help="Streams the continuation of PROMPT. '-' reads it from standard input.",
     )
 )
 cli.add_command(
     settings_command(
-        "ps", run_ps, RouterAddress, help="Lists a router's workers: state, load, pages."
+        "ps",
+        run_ps,
+        RouterAddress,
+        ClientTls,
+        help="Lists a router's workers, once or live: state, load, pages, transports.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "chat",
+        run_chat,
+        ChatConfig,
+        ClientTls,
+        help="A chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /reset forgets.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "bench",
+        _bench,
+        BenchConfig,
+        ClientTls,
+        help="Puts load on a router's gRPC or HTTP door, or on any server with OpenAI's "
+        "completions, and reports latencies, throughput and goodput.",
     )
 )
 cli.add_command(_version)

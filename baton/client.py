@@ -7,34 +7,37 @@ A stream that is left early (a `break`, an exception, `close`) cancels the call,
 call aborts the request on every worker: nobody computes for a reader who is gone.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
-from baton.connection import ConnectionConfig, target_of
-from baton.errors import error_from_call
+from baton.connection import ConnectionConfig, config_for, target_of
+from baton.errors import DeadlineExceeded, RequestError, Unavailable, error_from_call
 from baton.messages import (
     Chunk,
     Collector,
     Completion,
     Model,
-    RequestOptions,
     ServerInfo,
-    build_request,
     chunk_from,
     model_from,
     server_info_from,
 )
+from baton.options import RequestOptions, build_request
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 
 
 class TokenStream:
     """The chunks of one request, in order; an iterator and a context manager."""
 
-    def __init__(self, call: Any, request_id: str) -> None:
+    def __init__(
+        self, call: Any, request_id: str, failed: Callable[[grpc.RpcError, str], RequestError]
+    ) -> None:
         self._call = call
+        self._failed = failed
         self.request_id = request_id
         """The request's id; known from the first chunk on where the router chose it."""
 
@@ -50,7 +53,7 @@ class TokenStream:
         try:
             chunk = chunk_from(next(self._call))
         except grpc.RpcError as error:
-            raise error_from_call(error, request_id=self.request_id) from None
+            raise self._failed(error, self.request_id) from None
         self.request_id = chunk.request_id or self.request_id
         return chunk
 
@@ -83,10 +86,13 @@ class Client:
         """Connects lazily: the first call meets a router that is away.
 
         Args:
-            address: host:port of the router's gRPC server.
+            address: host:port of the router's gRPC server; grpcs://host:port speaks TLS.
             config: keep-alive, limits, TLS.
+
+        Raises:
+            ValueError: the address asks for plain text where `config` asks for TLS.
         """
-        self._config = config or ConnectionConfig()
+        self._config = config_for(address, config)
         credentials = self._config.credentials()
         options = self._config.channel_options()
         target = target_of(address)
@@ -96,6 +102,7 @@ class Client:
             else grpc.secure_channel(target, credentials, options=options)
         )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._lost = False
 
     def generate(
         self,
@@ -116,7 +123,7 @@ class Client:
         """
         request = build_request(prompt, options)
         call = self._stub.Generate(request, timeout=self._timeout(timeout))
-        return TokenStream(call, request_id=request.request_id)
+        return TokenStream(call, request.request_id, self._failed)
 
     def complete(
         self,
@@ -147,7 +154,7 @@ class Client:
                 inference_pb2.AbortRequest(request_id=request_id), timeout=self._timeout(timeout)
             )
         except grpc.RpcError as error:
-            raise error_from_call(error, request_id=request_id) from None
+            raise self._failed(error, request_id) from None
         return bool(response.found)
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
@@ -161,7 +168,7 @@ class Client:
                 inference_pb2.ListModelsRequest(), timeout=self._timeout(timeout)
             )
         except grpc.RpcError as error:
-            raise error_from_call(error) from None
+            raise self._failed(error) from None
         return [model_from(card) for card in response.models]
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
@@ -175,7 +182,7 @@ class Client:
                 inference_pb2.GetServerInfoRequest(), timeout=self._timeout(timeout)
             )
         except grpc.RpcError as error:
-            raise error_from_call(error) from None
+            raise self._failed(error) from None
         return server_info_from(response)
 
     def close(self) -> None:
@@ -193,5 +200,30 @@ class Client:
     ) -> None:
         self.close()
 
+    def _failed(self, error: grpc.RpcError, request_id: str = "") -> RequestError:
+        failure = error_from_call(error, request_id=request_id)
+        self._lost = self._lost or isinstance(failure, Unavailable)
+        return failure
+
     def _timeout(self, timeout: float | None) -> float | None:
-        return self._config.default_timeout_s if timeout is None else timeout
+        """Seconds that the call may take; waits first where the connection was lost.
+
+        Left to itself, gRPC fails calls at once until its pause between two attempts is over.
+        """
+        if timeout is None:
+            timeout = self._config.default_timeout_s
+        if not self._lost or self._config.reconnect_wait_s <= 0:
+            return timeout
+        wait = self._config.reconnect_wait_s
+        began = time.monotonic()
+        try:
+            self._stub.ListModels(
+                inference_pb2.ListModelsRequest(),
+                timeout=wait if timeout is None else min(wait, timeout),
+                wait_for_ready=True,
+            )
+            self._lost = False
+        except grpc.RpcError as error:
+            # Only silence means that there is still no connection; the call itself will say so.
+            self._lost = isinstance(error_from_call(error), DeadlineExceeded)
+        return None if timeout is None else max(0.0, timeout - (time.monotonic() - began))

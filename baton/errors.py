@@ -65,7 +65,8 @@ class FailedPrecondition(RequestError):
 
 
 class Aborted(RequestError):
-    """The request was ended by somebody else, by `abort` for instance."""
+    """The server gave the call up. A request that somebody ends by its id is no error: its stream
+    ends in order, with the finish reason `abort`."""
 
     status = ErrorCode.ABORTED
 

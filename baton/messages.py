@@ -1,10 +1,8 @@
-"""What a caller of the client library sees, and its translation from and to the wire."""
+"""What a caller of the client library gets, and its translation from the wire."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal
 
-from baton.errors import InvalidRequest
 from protos.baton.v1 import inference_pb2
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -15,55 +13,30 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
-class RequestOptions(TypedDict, total=False):
-    """What may be said about a request; what is left out (or None) the server decides."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogprob:
+    """One of the most likely tokens at a position."""
 
-    max_tokens: int | None
-    """Most tokens to produce; left out: what fits the context and the workers' memory."""
-
-    temperature: float | None
-    """0 is greedy; finite, >= 0."""
-
-    top_p: float | None
-    """Smallest set of most likely tokens whose probability reaches this; 0 < top_p <= 1."""
-
-    top_k: int | None
-    """Number of most likely tokens kept; 0: all."""
-
-    seed: int | None
-    """The same seed draws the same tokens; left out: the router draws one and reports it."""
-
-    stop_token_ids: Sequence[int]
-    """Tokens that end the output, besides the model's own."""
-
-    ignore_eos: bool | None
-    """Go on past the model's end-of-sequence token."""
-
-    logprobs: bool | None
-    """Report each produced token's log probability."""
-
-    request_id: str
-    """Chosen by the caller, to `abort` it by; left out: chosen by the router."""
-
-    model: str
-    """Left out: the one served."""
-
-    priority: int | None
-    """Smaller is more important; 0 is normal."""
+    id: int
+    logprob: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One produced token."""
+    """One token of the output, or of the prompt."""
 
     index: int
-    """Position in the output, from 0."""
+    """Position in the output, or in the prompt, from 0."""
 
     id: int
     """Index into the model's vocabulary."""
 
     logprob: float | None = None
-    """Natural log of its probability under the unmodified distribution; None: not asked for."""
+    """Natural log of its probability under the unmodified distribution; None: not asked for, or
+    the prompt's first token, before which nothing comes."""
+
+    top: tuple[TopLogprob, ...] = ()
+    """The most likely tokens here, most likely first, as many as were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +82,12 @@ class Chunk:
     """Set on the last chunk."""
 
     stop_token_id: int | None = None
+    stop_text: str | None = None
+    """The stop text that ended the output; None: none did."""
+
+    prompt_tokens: tuple[Token, ...] = ()
+    """The prompt's tokens, with the first chunk, where their log probabilities were asked for."""
+
     usage: Usage | None = None
     """Set on the last chunk."""
 
@@ -126,8 +105,17 @@ class Completion:
     logprobs: list[float] | None
     """One a token, natural log; None unless asked for."""
 
+    tokens: list[Token]
+    """The output's tokens with all that was reported of each."""
+
+    prompt_tokens: list[Token]
+    """The prompt's, where their log probabilities were asked for."""
+
     finish_reason: FinishReason | None
     stop_token_id: int | None
+    stop_text: str | None
+    """The stop text that ended the output; None: none did."""
+
     usage: Usage
     report: Report
 
@@ -179,58 +167,15 @@ class ServerInfo:
     workers: tuple[Worker, ...] = field(default=())
 
 
-def build_request(
-    prompt: str | Sequence[int], options: RequestOptions
-) -> inference_pb2.GenerateRequest:
-    """The wire form of a request.
-
-    Raises:
-        InvalidRequest: a value that the wire cannot carry (a negative token id, say). Everything
-            else is the router's to judge.
-    """
-    request_id = options.get("request_id", "")
-    try:
-        sampling = inference_pb2.SamplingParams(
-            temperature=options.get("temperature"),
-            top_p=options.get("top_p"),
-            top_k=options.get("top_k"),
-            seed=options.get("seed"),
-            max_tokens=options.get("max_tokens"),
-            stop_token_ids=options.get("stop_token_ids", ()),
-            ignore_eos=options.get("ignore_eos"),
-            logprobs=options.get("logprobs"),
-        )
-        request = inference_pb2.GenerateRequest(
-            request_id=request_id,
-            model=options.get("model", ""),
-            sampling=sampling,
-            priority=options.get("priority"),
-        )
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            # Marks the prompt as token ids even where there are none.
-            request.token_ids.SetInParent()
-            request.token_ids.ids.extend(prompt)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(str(error), request_id=request_id) from error
-    return request
-
-
 def chunk_from(response: inference_pb2.GenerateResponse) -> Chunk:
     return Chunk(
         request_id=response.request_id,
         text=response.text,
-        tokens=tuple(
-            Token(
-                index=token.index,
-                id=token.id,
-                logprob=token.logprob if token.HasField("logprob") else None,
-            )
-            for token in response.tokens
-        ),
+        tokens=tuple(_token(token) for token in response.tokens),
+        prompt_tokens=tuple(_token(token) for token in response.prompt_tokens),
         finish_reason=_FINISH_REASONS.get(response.finish_reason),
         stop_token_id=response.stop_token_id if response.HasField("stop_token_id") else None,
+        stop_text=response.stop_text if response.HasField("stop_text") else None,
         usage=_usage(response.usage) if response.HasField("usage") else None,
         report=_report(response.report) if response.HasField("report") else None,
     )
@@ -242,11 +187,13 @@ class Collector:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._tokens: list[Token] = []
+        self._prompt_tokens: list[Token] = []
         self._last = Chunk(request_id="")
 
     def add(self, chunk: Chunk) -> None:
         self._text.append(chunk.text)
         self._tokens.extend(chunk.tokens)
+        self._prompt_tokens.extend(chunk.prompt_tokens)
         self._last = chunk
 
     def completion(self) -> Completion:
@@ -257,8 +204,11 @@ class Collector:
             text="".join(self._text),
             token_ids=[token.id for token in self._tokens],
             logprobs=logprobs if logprobs and len(logprobs) == len(self._tokens) else None,
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
             finish_reason=last.finish_reason,
             stop_token_id=last.stop_token_id,
+            stop_text=last.stop_text,
             usage=last.usage or _usage(inference_pb2.Usage()),
             report=last.report or _report(inference_pb2.Report()),
         )
@@ -278,6 +228,15 @@ def server_info_from(response: inference_pb2.GetServerInfoResponse) -> ServerInf
         version=response.version,
         protocol_version=response.protocol_version,
         workers=tuple(_worker(worker) for worker in response.workers),
+    )
+
+
+def _token(token: inference_pb2.Token) -> Token:
+    return Token(
+        index=token.index,
+        id=token.id,
+        logprob=token.logprob if token.HasField("logprob") else None,
+        top=tuple(TopLogprob(id=top.id, logprob=top.logprob) for top in token.top),
     )
 
 

@@ -16,6 +16,9 @@ from worker.config import Role, WorkerConfig
 DECIDED = frozenset({"router", "port", "device_index", "host", "tokenizer"})
 """Settings of routers and workers that `baton up` decides itself; not among its flags."""
 
+ROUTER_TLS = frozenset({"tls_cert", "tls_key", "tls_client_ca", "workers_host", "workers_port"})
+"""Settings of the router's TLS; the demo, which calls its own router, has no use for them."""
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -77,6 +80,11 @@ class Plan:
         return f"{reachable_host(self.router.grpc_host)}:{self.router.grpc_port}"
 
     @property
+    def workers_address(self) -> str:
+        """host:port where workers register: the gRPC door, unless that one speaks TLS."""
+        return _registry_address(self.router)
+
+    @property
     def http_address(self) -> str:
         """host:port at which this machine reaches the router's HTTP door."""
         return f"{reachable_host(self.router.http_host)}:{self.router.http_port}"
@@ -103,7 +111,7 @@ def make_plan(
     base = fill(
         WorkerConfig,
         {"served_model_name": model.name, **given, "model": str(model.path)},
-        router=f"{reachable_host(router.grpc_host)}:{router.grpc_port}",
+        router=_registry_address(router),
     )
     names: list[tuple[str, Role]] = [(f"prefill-{index}", "prefill") for index in range(up.prefill)]
     names += [(f"decode-{index}", "decode") for index in range(up.decode)]
@@ -142,10 +150,21 @@ def _placed(
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
+def _registry_address(router: RouterConfig) -> str:
+    if not router.tls_cert:
+        return f"{reachable_host(router.grpc_host)}:{router.grpc_port}"
+    return f"{reachable_host(router.workers_host)}:{router.workers_port}"
+
+
 def _with_ports(router: RouterConfig) -> RouterConfig:
     grpc_port = claim_port(router.grpc_host, router.grpc_port, name="grpc_port")
     http_port = claim_port(router.http_host, router.http_port, name="http_port", taken=grpc_port)
-    return dataclasses.replace(router, grpc_port=grpc_port, http_port=http_port)
+    ports = {"grpc_port": grpc_port, "http_port": http_port}
+    if router.tls_cert:
+        ports["workers_port"] = claim_port(
+            router.workers_host, router.workers_port, name="workers_port", taken=grpc_port
+        )
+    return dataclasses.replace(router, **ports)  # type: ignore[arg-type]
 
 
 def claim_port(host: str, port: int, *, name: str, taken: int = 0) -> int:

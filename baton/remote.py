@@ -4,9 +4,11 @@ import sys
 from dataclasses import dataclass
 
 from baton.client import Client
+from baton.client_tls import ClientTls
 from baton.config import Scalar, SettingsError, fill
-from baton.messages import RequestOptions
+from baton.options import RequestOptions
 from baton.tables import journey_table, show, workers_table
+from baton.watch import watch_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,17 @@ class RouterAddress:
 
     timeout_s: float = 10.0
     """Longest the call may take. Seconds."""
+
+    watch: bool = False
+    """Show the workers live until Ctrl-C."""
+
+    interval_s: float = 1.0
+    """Time between two looks with watch. Seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "interval_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +52,27 @@ class GenerateConfig:
     top_k: int = 0
     """Number of most likely tokens kept; 0: all."""
 
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the most likely one; 0: none."""
+
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen before; 1: none."""
+
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the output holds; -2 to 2."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time the output holds the token; -2 to 2."""
+
+    min_tokens: int = 0
+    """End-of-sequence tokens are not drawn before this many tokens."""
+
+    stop: str = ""
+    """Text that ends the output and is not part of it; empty: none."""
+
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
     seed: str = ""
     """The same seed draws the same tokens; empty: the router draws one."""
 
@@ -54,7 +88,7 @@ class GenerateConfig:
 
 def run_generate(given: dict[str, Scalar]) -> int:
     """Streams one answer to standard output."""
-    config = fill(GenerateConfig, given)
+    config, tls = fill(GenerateConfig, given), fill(ClientTls, given)
     prompt = str(given["prompt"])
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -65,11 +99,18 @@ def run_generate(given: dict[str, Scalar]) -> int:
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,
+        "min_p": config.min_p,
+        "repetition_penalty": config.repetition_penalty,
+        "presence_penalty": config.presence_penalty,
+        "frequency_penalty": config.frequency_penalty,
+        "min_tokens": config.min_tokens,
+        "stop": [config.stop] if config.stop else [],
+        "skip_special_tokens": config.skip_special_tokens,
         "seed": int(config.seed) if config.seed else None,
         "ignore_eos": config.ignore_eos,
     }
     with (
-        Client(config.router) as client,
+        Client(config.router, config=tls.connection(config.router)) as client,
         client.generate(prompt, timeout=config.request_timeout_s, **options) as stream,
     ):
         for chunk in stream:
@@ -82,8 +123,11 @@ def run_generate(given: dict[str, Scalar]) -> int:
 
 
 def run_ps(given: dict[str, Scalar]) -> int:
-    """Prints the router's workers."""
-    config = fill(RouterAddress, given)
-    with Client(config.router) as client:
-        show(workers_table(client.server_info(timeout=config.timeout_s)))
+    """Prints the router's workers, once or live."""
+    config, tls = fill(RouterAddress, given), fill(ClientTls, given)
+    with Client(config.router, config=tls.connection(config.router)) as client:
+        if config.watch:
+            watch_workers(client, interval_s=config.interval_s, timeout_s=config.timeout_s)
+        else:
+            show(workers_table(client.server_info(timeout=config.timeout_s)))
     return 0

@@ -36,6 +36,9 @@ PROGRESS_EVERY_S = 5.0
 RESTART_DELAY_S = 1.0
 ROUTER_GRACE_S = 5.0
 
+POLLING = ConnectionConfig(reconnect_wait_s=0.0)
+"""A router that is not there yet must not hold up the look at a child that has died."""
+
 Say = Callable[[str], None]
 T = TypeVar("T")
 
@@ -50,6 +53,9 @@ class Ready:
 
     http_url: str
     grpc_address: str
+    grpc_url: str
+    """The same as clients take it, with the scheme that says whether it speaks TLS."""
+
     model: str
     prefill: int
     decode: int
@@ -58,7 +64,7 @@ class Ready:
 
     def line(self) -> str:
         return (
-            f"ready: {self.http_url}  grpc://{self.grpc_address}  model {self.model}  "
+            f"ready: {self.http_url}  {self.grpc_url}  model {self.model}  "
             f"prefill {self.prefill}  decode {self.decode}  transport {self.transport}"
         )
 
@@ -174,9 +180,9 @@ class Deployment:
         plan = self._plan
         announced = started
         async with (
-            AsyncClient(plan.grpc_address) as client,
+            AsyncClient(plan.workers_address, config=POLLING) as client,
             grpc.aio.insecure_channel(
-                plan.grpc_address, options=ConnectionConfig().channel_options()
+                plan.workers_address, options=POLLING.channel_options()
             ) as channel,
         ):
             health = health_pb2_grpc.HealthStub(channel)
@@ -207,9 +213,11 @@ class Deployment:
                 raise StartError(f"{child.name} {child.describe_end()} during start{said}")
 
     def _ready(self, info: ServerInfo, model: str) -> Ready:
+        secure = bool(self._plan.router.tls_cert)
         return Ready(
-            http_url=f"http://{self._plan.http_address}/v1",
+            http_url=f"{'https' if secure else 'http'}://{self._plan.http_address}/v1",
             grpc_address=self._plan.grpc_address,
+            grpc_url=f"{'grpcs' if secure else 'grpc'}://{self._plan.grpc_address}",
             model=model,
             prefill=self._plan.up.prefill,
             decode=self._plan.up.decode,

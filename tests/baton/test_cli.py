@@ -8,6 +8,7 @@ import pytest
 
 from baton.cli import cli, main
 from baton.tables import byte_size
+from tests.baton.scripted import ScriptedInference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +77,29 @@ def test_generate_streams_the_text(address: str, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.out == "Hi\n"
     assert "4.0 KiB (4,096 bytes)" in captured.err
+
+
+def test_generate_sends_every_sampling_option(address: str, inference: ScriptedInference) -> None:
+    given = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.25,
+        "seed": 3,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "max_tokens": 9,
+        "min_tokens": 2,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    flags += ["--stop", "end", "--no-skip-special-tokens", "--ignore-eos"]
+    assert main(["generate", "--router", address, *flags, "Hi"]) == 0
+    sampling = inference.requests[0].sampling
+    assert {name: getattr(sampling, name) for name in given} == given
+    assert list(sampling.stop) == ["end"]
+    assert sampling.ignore_eos
+    assert sampling.skip_special_tokens is False
 
 
 def test_generate_says_why_it_was_refused(address: str, capsys: pytest.CaptureFixture[str]) -> None:

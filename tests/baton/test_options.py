@@ -1,0 +1,61 @@
+"""Whatever the contract lets a client say can be said, and arrives as it was said."""
+
+from typing import Any, get_type_hints
+
+import pytest
+
+from baton import InvalidRequest, RequestOptions
+from baton.options import build_request
+from protos.baton.v1 import inference_pb2
+
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "seed": 2**63,
+    "max_tokens": 9,
+    "stop_token_ids": [1, 2],
+    "ignore_eos": True,
+    "logprobs": True,
+    "min_p": 0.1,
+    "repetition_penalty": 1.25,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 0.75,
+    "logit_bias": {3: -1.5, 4: 2.0},
+    "top_logprobs": 5,
+    "min_tokens": 2,
+    "stop": ["\n\n", "end"],
+    "prompt_logprobs": 0,
+    "skip_special_tokens": False,
+}
+REQUEST: dict[str, Any] = {"request_id": "r", "model": "m", "priority": -3, "cache_salt": "s"}
+
+
+def test_every_field_of_the_contract_is_an_option() -> None:
+    sampling = {field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.fields}
+    request = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert sampling == set(SAMPLING)
+    assert request - {"text", "token_ids", "sampling"} == set(REQUEST)
+    assert set(get_type_hints(RequestOptions)) == set(SAMPLING) | set(REQUEST)
+
+
+def test_options_arrive_as_they_were_said() -> None:
+    options: Any = SAMPLING | REQUEST
+    request = build_request([1], options)
+    for name, value in SAMPLING.items():
+        got = getattr(request.sampling, name)
+        kind = type(value)
+        assert (kind(got) if kind in (list, dict) else got) == value, name
+    assert {name: getattr(request, name) for name in REQUEST} == REQUEST
+
+
+def test_options_left_out_are_absent() -> None:
+    assert not build_request("text", {}).sampling.ListFields()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"stop": "one text"}, {"logit_bias": {-1: 1.0}}, {"logit_bias": {1: "2"}}]
+)
+def test_what_the_wire_cannot_carry_is_refused(bad: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        build_request([1], bad)
