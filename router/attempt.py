@@ -14,15 +14,25 @@ class Attempt:
     """Knows what was sent to whom, and thus who must hear when it ends."""
 
     def __init__(
-        self, number: int, *, pair: Pair, request: GenerationRequest, sink: WorkSink
+        self, number: int, *, work_id: str, pair: Pair, request: GenerationRequest, sink: WorkSink
     ) -> None:
+        """
+        Args:
+            number: counts the request's attempts from 0.
+            work_id: the request's id at the workers.
+            pair: who does it.
+            request: what to do.
+            sink: hears what the workers say.
+        """
         self.pair = pair
         self.times = AttemptTimes()
+        self.prefill_spoke = False
+        """Prefill sent its token."""
         self.decode_spoke = False
-        """Decode sent a token, so the whole KV has arrived and prefill is no longer needed."""
+        """Decode sent a token, so the whole KV has arrived."""
         self._request = request
         self._sink = sink
-        self._key: WorkKey = (request.request_id, number)
+        self._key: WorkKey = (work_id, number)
         self._at_work: list[WorkerLink] = []
 
     def launch(self, *, output_so_far: Sequence[int], max_wait_s: float) -> None:
@@ -49,6 +59,7 @@ class Attempt:
                         sampling=request.sampling,
                         priority=request.priority,
                         max_wait_s=max_wait_s,
+                        cache_salt=request.cache_salt,
                     )
                 )
             )
@@ -65,6 +76,7 @@ class Attempt:
                     output_so_far=output_so_far,
                     sampling=request.sampling,
                     priority=request.priority,
+                    cache_salt=request.cache_salt,
                 )
             )
         )
@@ -85,6 +97,7 @@ class Attempt:
         """Keeps a worker's timing, and sees who is still needed."""
         if link is self.pair.prefill:
             link.settle(self._key)
+            self.prefill_spoke = self.prefill_spoke or bool(output.tokens)
             if output.HasField("timing"):
                 self.times.prefill = output.timing
             return
@@ -93,8 +106,10 @@ class Attempt:
         self.decode_spoke = self.decode_spoke or bool(output.tokens)
 
     def needs(self, link: WorkerLink) -> bool:
-        """The attempt cannot go on without this worker."""
-        return link is self.pair.decode or not self.decode_spoke
+        """The attempt cannot go on without this worker. Prefill's token may come after decode's
+        first one, and nobody else has it.
+        """
+        return link is self.pair.decode or not (self.decode_spoke and self.prefill_spoke)
 
     def gone(self, link: WorkerLink) -> None:
         """That worker ended the work itself, or is lost: it need not be told."""

@@ -20,6 +20,21 @@ class RouterConfig:
     grpc_port: int = 50051
     """TCP port of the gRPC door; 0 picks a free one."""
 
+    tls_cert: str = ""
+    """PEM file with the certificate chain of both doors; empty: plain text."""
+
+    tls_key: str = ""
+    """PEM file with the private key of tls_cert."""
+
+    tls_client_ca: str = ""
+    """PEM file: only clients with a certificate of these authorities are served; empty: any."""
+
+    workers_host: str = "127.0.0.1"
+    """With TLS, workers register in plain text on a door of their own; its address."""
+
+    workers_port: int = 50052
+    """TCP port of the workers' own door, open with TLS only; 0 picks a free one."""
+
     tokenizer: str = ""
     """Directory with tokenizer.json (or that file); empty: the first registered worker's model."""
 
@@ -38,8 +53,25 @@ class RouterConfig:
     body_timeout_s: float = 30.0
     """Longest a client may take to send an HTTP body. Seconds."""
 
+    max_header_bytes: int = 64 << 10
+    """Longest head of an HTTP request (431), or metadata of a gRPC call. Bytes."""
+
+    head_timeout_s: float = 15.0
+    """Longest an HTTP connection may go without a complete head of a request. Seconds."""
+
+    max_connections: int = 4096
+    """Most open HTTP connections; one more takes the place of the longest idle one."""
+
+    keepalive_s: float = 20.0
+    """A connection silent for this long is probed; a client whose machine vanished is gone, and
+    its requests with it, after 1.5 times this. Seconds."""
+
     max_buffered_tokens: int = 8192
     """Tokens kept for a client that reads slower than they come; one more ends its request."""
+
+    send_buffer_bytes: int = 128 << 10
+    """Kernel memory per HTTP connection for what its client has not read; a stream blocks, and
+    write_timeout_s counts, once it and 64 KiB in the router are full. Bytes."""
 
     write_timeout_s: float = 30.0
     """Longest one write to a client may block before its request is ended. Seconds."""
@@ -48,8 +80,7 @@ class RouterConfig:
     """Longest a request may take; a client's own, shorter deadline counts. Seconds."""
 
     max_reserve_wait_s: float = 25.0
-    """Longest a request waits for decode memory before it is refused; below prefill's own 30 s
-    wait for a ticket. Seconds."""
+    """Longest a request waits for decode memory before it is refused. Seconds."""
 
     max_replays: int = 3
     """How often a request is replayed on other workers before its error reaches the client."""
@@ -83,9 +114,12 @@ class RouterConfig:
     """Least severe message that is logged."""
 
     def __post_init__(self) -> None:
-        for name in ("http_port", "grpc_port"):
+        for name in ("http_port", "grpc_port", "workers_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        for name, other in TLS_NEEDS:
+            if getattr(self, name) and not getattr(self, other):
+                raise ValueError(f"{name} needs {other} as well: TLS takes a certificate and a key")
         if self.max_replays < 0:
             raise ValueError(f"max_replays must not be negative, not {self.max_replays}")
         for name in POSITIVE:
@@ -98,12 +132,20 @@ class RouterConfig:
             )
 
 
+TLS_NEEDS = (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert"))
+"""Settings of TLS that mean nothing alone, and what each needs."""
+
 POSITIVE = (
     "max_queued_requests",
     "max_message_bytes",
     "max_body_bytes",
     "body_timeout_s",
+    "max_header_bytes",
+    "head_timeout_s",
+    "max_connections",
+    "keepalive_s",
     "max_buffered_tokens",
+    "send_buffer_bytes",
     "write_timeout_s",
     "request_timeout_s",
     "max_reserve_wait_s",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib import metadata
 
 from protos.errors import BatonError, ErrorCode
 from router.config import RouterConfig
+from router.detokenizer import IncrementalDetokenizer
 from router.fleet import Fleet, ModelFacts
 from router.journey import Journey
 from router.metrics import RouterMetrics
@@ -17,11 +19,13 @@ from router.registry import WorkerRegistry
 from router.request import (
     GenerationRequest,
     RequestSpec,
+    check_cache_salt,
     check_priority,
     check_prompt,
     check_request_id,
-    resolve_sampling,
 )
+from router.sampling import resolve_sampling
+from router.stop_strings import check_stop
 from router.tokenizer import TextCodec, TokenizerSource
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,9 @@ class Router:
         """Set when the router stops: what runs may finish, nothing new is taken."""
         self._policy = policy or LeastLoaded()
         self._live: dict[str, Journey | None] = {}
+        """By request id; None: it is being admitted."""
+        self._aborted: set[str] = set()
+        """Ids aborted by their client while they were being admitted."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -95,15 +102,18 @@ class Router:
                 prompt_ids=ids,
                 sampling=resolve_sampling(spec, prompt_tokens=len(ids), model=model),
                 priority=check_priority(spec.priority),
+                cache_salt=check_cache_salt(spec.cache_salt),
                 arrived_at=arrived_at,
                 deadline=arrived_at + self._timeout_s(spec),
+                stop=_stop(spec, codec),
+                skip_special_tokens=spec.skip_special_tokens is not False,
             )
             journey = Journey(
                 request,
                 fleet=self.fleet,
                 policy=self._policy,
                 config=self.config,
-                detokenizer=codec.detokenizer() if codec is not None else None,
+                detokenizer=_detokenizer(request, codec),
                 on_tokens=self.metrics.on_tokens,
                 on_close=self._closed,
             )
@@ -111,6 +121,8 @@ class Router:
             self._release(request_id)
             raise
         self._live[request_id] = journey
+        if request_id in self._aborted:
+            journey.abort()
         return Admitted(journey, codec)
 
     def _check_room(self, request_id: str) -> None:
@@ -165,12 +177,21 @@ class Router:
             )
         return model
 
+    def system_fingerprint(self) -> str:
+        """Names what makes answers: the same seed draws the same tokens while this is the same."""
+        model = self.fleet.model()
+        made_of = f"{version()} {model.fingerprint if model is not None else ''}"
+        return f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
     def abort(self, request_id: str) -> bool:
         """Ends a running request. False: none of that id is running."""
-        journey = self._live.get(request_id)
-        if journey is None:
+        if request_id not in self._live:
             return False
-        journey.abort()
+        journey = self._live[request_id]
+        if journey is None:
+            self._aborted.add(request_id)
+        else:
+            journey.abort()
         return True
 
     async def wait_until_idle(self, timeout_s: float) -> bool:
@@ -201,6 +222,7 @@ class Router:
 
     def _release(self, request_id: str) -> None:
         self._live.pop(request_id, None)
+        self._aborted.discard(request_id)
         if not self._live:
             self._idle.set()
         self.metrics.in_flight = len(self._live)
@@ -208,6 +230,27 @@ class Router:
     async def close(self) -> None:
         await self.fleet.close()
         await self.tokenizers.close()
+
+
+def _stop(spec: RequestSpec, codec: TextCodec | None) -> tuple[str, ...]:
+    stop = check_stop(spec.stop)
+    if stop and codec is None:
+        raise BatonError(
+            ErrorCode.FAILED_PRECONDITION,
+            "stop strings need text, and this router has no tokenizer; send stop_token_ids",
+            param="stop",
+        )
+    return stop
+
+
+def _detokenizer(
+    request: GenerationRequest, codec: TextCodec | None
+) -> IncrementalDetokenizer | None:
+    if codec is None:
+        return None
+    return codec.detokenizer(
+        prompt_ids=request.prompt_ids, skip_special_tokens=request.skip_special_tokens
+    )
 
 
 def version() -> str:

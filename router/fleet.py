@@ -34,6 +34,8 @@ class ModelFacts:
     """Longest prompt + one token that the largest empty prefill worker holds; 0: unknown."""
     decode_capacity_tokens: int
     """Longest prompt + output that the largest empty decode worker holds; 0: unknown."""
+    fingerprint: str = ""
+    """Of the workers: what makes the model's numbers (weights, dtype, layout)."""
 
 
 class Fleet:
@@ -121,6 +123,7 @@ class Fleet:
             vocab_size=first.vocab_size,
             prefill_capacity_tokens=_capacity(records, PREFILL),
             decode_capacity_tokens=_capacity(records, DECODE),
+            fingerprint=records[0].registration.fingerprint,
         )
 
     # ---- figures --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ double.
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 
@@ -58,12 +59,21 @@ class Journey:
         self.outcome = "client_gone"
         """How it went, for metrics: a finish reason, an error code, or client_gone."""
         self.attempts: list[Attempt] = []
+        self._work_id = f"{request.request_id}~{secrets.token_hex(4)}"
+        """The request's id at the workers. A client may use its id again while workers still end
+        what went before, and clients of two routers may choose the same one.
+        """
         self._fleet = fleet
         self._policy = policy
         self._config = config
         self._on_tokens = on_tokens
         self._on_close = on_close
-        self._output = Output(max_tokens=request.max_tokens, detokenizer=detokenizer)
+        self._output = Output(
+            max_tokens=request.max_tokens,
+            detokenizer=detokenizer,
+            stop=request.stop,
+            min_tokens=request.sampling.min_tokens,
+        )
         self._error: BatonError | None = None
         self._setback: BatonError | None = None
         """Why the attempt is over, where another may follow."""
@@ -168,7 +178,9 @@ class Journey:
             # Full is full: at the same worker the client would only wait once more.
             raise setback
         pair = self._policy.choose(others or pairs, prompt_tokens=len(request.prompt_ids))
-        attempt = Attempt(len(self.attempts), pair=pair, request=request, sink=self)
+        attempt = Attempt(
+            len(self.attempts), work_id=self._work_id, pair=pair, request=request, sink=self
+        )
         self.attempts.append(attempt)
         self._setback = None
         attempt.launch(output_so_far=so_far, max_wait_s=self._config.max_reserve_wait_s)
@@ -226,7 +238,9 @@ class Journey:
             return
         if ready:
             self._clock(attempt, before, ready)
-        if self._output.ended:
+        if self._output.ended_by_text:
+            attempt.end("a stop string ended the output")
+        elif self._output.ended:
             attempt.finished(by=link)
         elif self._output.waiting > self._config.max_buffered_tokens:
             self._output.drop_ready()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -16,21 +17,14 @@ from grpc_reflection.v1alpha import reflection
 
 from protos.baton.v1 import inference_pb2_grpc, worker_pb2_grpc
 from protos.errors import BatonError, ErrorCode
-from router import registry_service, service
+from router import limits, registry_service, service, tls
 from router.config import RouterConfig
 from router.core import Router
 from router.http.app import create_app
+from router.http.connection import BoundedProtocol, ConnectionBounds
 from router.registry import InMemoryRegistry
 
 logger = logging.getLogger(__name__)
-
-MIN_PING_INTERVAL_MS = 5_000
-"""Keep-alive pings of clients that come more often end their connection."""
-
-MAX_METADATA_BYTES = 64 << 10
-SEND_BUFFER_BYTES = 128 << 10
-"""The kernel's part per HTTP connection: left to itself it holds megabytes for a reader that has
-stopped, and the bounds on streams count from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +33,8 @@ class Ports:
 
     http: int
     grpc: int
+    workers: int
+    """Where workers register: the gRPC door, or their own where that one speaks TLS."""
 
 
 class _HttpServer(uvicorn.Server):
@@ -49,6 +45,14 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
+class _Overview(inference_pb2_grpc.InferenceServicer):
+    """What the workers' door tells of the public service: no requests, just what is there."""
+
+    def __init__(self, inference: service.InferenceService) -> None:
+        self.ListModels = inference.ListModels  # type: ignore[method-assign]
+        self.GetServerInfo = inference.GetServerInfo  # type: ignore[method-assign]
+
+
 class RouterServer:
     """A running router. Use it as an async context manager, or call start and stop."""
 
@@ -57,16 +61,17 @@ class RouterServer:
         self.router = Router(config, InMemoryRegistry())
         self._checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
-        self._grpc: grpc.aio.Server | None = None
+        self._grpc: list[grpc.aio.Server] = []
         self._http: _HttpServer | None = None
 
     async def start(self) -> Ports:
         """Opens both doors. Raises OSError where an address cannot be listened on."""
         config = self.config
-        listener = _listen(config.http_host, config.http_port)
+        listener = _listen(config)
         try:
-            self._grpc, grpc_port = self._make_grpc()
-            await self._grpc.start()
+            grpc_port, workers_port = self._make_grpc()
+            for server in self._grpc:
+                await server.start()
         except BaseException:
             listener.close()
             raise
@@ -76,7 +81,7 @@ class RouterServer:
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http door"),
             asyncio.create_task(self._keep_readiness(), name="readiness"),
         ]
-        ports = Ports(http=listener.getsockname()[1], grpc=grpc_port)
+        ports = Ports(http=listener.getsockname()[1], grpc=grpc_port, workers=workers_port)
         while not self._http.started:
             if self._tasks[0].done():
                 self._tasks[0].result()
@@ -104,8 +109,7 @@ class RouterServer:
             self.router.fail_all(BatonError(ErrorCode.UNAVAILABLE, "the router stopped"))
         if self._http is not None:
             self._http.should_exit = True
-        if self._grpc is not None:
-            await self._grpc.stop(grace=1.0)
+        await asyncio.gather(*(server.stop(grace=1.0) for server in self._grpc))
         if self._tasks:
             http, readiness = self._tasks
             readiness.cancel()
@@ -118,52 +122,65 @@ class RouterServer:
     async def __aexit__(self, *error: object) -> None:
         await self.stop(drain_timeout_s=0.0)
 
-    def _make_grpc(self) -> tuple[grpc.aio.Server, int]:
-        config, router = self.config, self.router
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                # Two routers on one port would each see half of the workers.
-                ("grpc.so_reuseport", 0),
-                # Clients may ask whether we live while their stream is silent; gRPC's default
-                # takes that for an attack and ends the stream after a few pings.
-                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
-            ]
+    def _make_grpc(self) -> tuple[int, int]:
+        """Makes the gRPC doors; their ports: the public one's and the workers'."""
+        config = self.config
+        credentials = tls.grpc_credentials(config)
+        public = self._grpc_server()
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            service.InferenceService(self.router), public
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(service.InferenceService(router), server)
+        self._grpc = [public]
+        if credentials is None:
+            self._add_registry(public)
+            _reflect(public, service.SERVICE_NAME, registry_service.SERVICE_NAME)
+            port = _bind(public, config.grpc_host, config.grpc_port)
+            return port, port
+        _reflect(public, service.SERVICE_NAME)
+        port = _bind(public, config.grpc_host, config.grpc_port, credentials)
+        workers = self._grpc_server()
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            _Overview(service.InferenceService(self.router)), workers
+        )
+        self._add_registry(workers)
+        _reflect(workers, service.SERVICE_NAME, registry_service.SERVICE_NAME)
+        self._grpc.append(workers)
+        return port, _bind(workers, config.workers_host, config.workers_port)
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=limits.grpc_options(self.config))
+        health_pb2_grpc.add_HealthServicer_to_server(self._checks, server)
+        return server
+
+    def _add_registry(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_RegistryServicer_to_server(
             registry_service.RegistryService(
-                router.fleet.registry, heartbeat_interval_s=config.heartbeat_interval_s
+                self.router.fleet.registry, heartbeat_interval_s=self.config.heartbeat_interval_s
             ),
             server,
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._checks, server)
-        reflection.enable_server_reflection(
-            [
-                service.SERVICE_NAME,
-                registry_service.SERVICE_NAME,
-                health.SERVICE_NAME,
-                reflection.SERVICE_NAME,
-            ],
-            server,
-        )
-        host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
-        address = f"{host}:{config.grpc_port}"
-        try:
-            return server, server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address} for gRPC: {error}") from error
 
     def _make_http(self) -> _HttpServer:
+        config = self.config
+        bounds = ConnectionBounds(
+            head_timeout_s=config.head_timeout_s,
+            write_timeout_s=config.write_timeout_s,
+            max_header_bytes=config.max_header_bytes,
+            max_connections=limits.allow_files(config.max_connections),
+        )
+        protocol: Any = functools.partial(BoundedProtocol, bounds=bounds)
         return _HttpServer(
             uvicorn.Config(
                 create_app(self.router),
+                http=protocol,
+                ws="none",
+                h11_max_incomplete_event_size=config.max_header_bytes,
                 log_config=None,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=1,
+                **tls.uvicorn_options(config),
             )
         )
 
@@ -240,13 +257,36 @@ async def _signals() -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
             loop.remove_signal_handler(number)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises OSError that names the address."""
+def _reflect(server: grpc.aio.Server, *names: str) -> None:
+    reflection.enable_server_reflection(
+        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+
+
+def _bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """The port that a gRPC server got. Raises OSError that names the address."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address} for gRPC: {error}") from error
+
+
+def _listen(config: RouterConfig) -> socket.socket:
+    """The HTTP door's listening socket. Raises OSError that names the address."""
+    host, port = config.http_host, config.http_port
     family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        limits.bound_http_socket(listener, config)
         listener.bind((host, port))
         listener.setblocking(False)
     except OSError as error:

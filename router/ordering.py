@@ -55,3 +55,8 @@ class TokenOrder:
     def drop_held(self) -> None:
         """Forgets tokens that wait behind a gap: a replay produces them again."""
         self._held.clear()
+
+    def cut(self, end: int) -> None:
+        """The output ends before this index: forgets what is there beyond it."""
+        del self.ids[end:]
+        self._held.clear()

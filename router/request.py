@@ -1,21 +1,16 @@
 """What a client asked for, checked, with every default resolved."""
 
-import math
-import secrets
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from protos.baton.v1 import worker_pb2
 from protos.errors import BatonError, ErrorCode
 from router.fleet import ModelFacts
 
 MAX_REQUEST_ID_CHARACTERS = 256
-MAX_STOP_TOKEN_IDS = 1024
-MAX_UINT64 = 2**64 - 1
+MAX_CACHE_SALT_CHARACTERS = 256
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
-SEED_BITS = 53
-"""Drawn seeds are integers that every JSON reader keeps exactly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +32,22 @@ class RequestSpec:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
     logprobs: bool | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id → what is added to its logit."""
+    top_logprobs: int | None = None
+    """Above 0 it implies logprobs."""
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    """Absent: none; 0: of the prompt's own tokens, without alternatives."""
+    cache_salt: str = ""
+    stop: Sequence[str] = ()
+    """Texts that end the output; found by the router."""
+    skip_special_tokens: bool | None = None
+    """Absent: true."""
     priority: int = 0
     timeout_s: float | None = None
     """The client's own deadline."""
@@ -51,10 +62,15 @@ class GenerationRequest:
     prompt_ids: list[int]
     sampling: worker_pb2.ResolvedSampling
     priority: int
+    cache_salt: str
     arrived_at: float
     """Seconds, monotonic."""
     deadline: float
     """Seconds, monotonic."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the output."""
+    skip_special_tokens: bool = True
+    """Special tokens have no text."""
 
     @property
     def max_tokens(self) -> int:
@@ -69,7 +85,7 @@ class GenerationRequest:
 def check_request_id(request_id: str) -> str:
     """The id, or a drawn one for an empty one."""
     if len(request_id) > MAX_REQUEST_ID_CHARACTERS:
-        raise _invalid(
+        raise invalid(
             f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARACTERS} "
             "are taken",
             "request_id",
@@ -77,60 +93,32 @@ def check_request_id(request_id: str) -> str:
     return request_id or uuid.uuid4().hex
 
 
-def resolve_sampling(
-    spec: RequestSpec, *, prompt_tokens: int, model: ModelFacts
-) -> worker_pb2.ResolvedSampling:
-    """Checks the sampling fields and fills in the defaults.
-
-    Raises:
-        BatonError: INVALID_ARGUMENT, naming the field and the bound.
-    """
-    temperature = 1.0 if spec.temperature is None else spec.temperature
-    if not math.isfinite(temperature) or temperature < 0:
-        raise _invalid(
-            f"temperature must be a finite number of at least 0, not {temperature}", "temperature"
-        )
-    top_p = 1.0 if spec.top_p is None else spec.top_p
-    if not 0 < top_p <= 1:
-        raise _invalid(f"top_p must be above 0 and at most 1, not {top_p}", "top_p")
-    top_k = 0 if spec.top_k is None else spec.top_k
-    if not 0 <= top_k <= MAX_INT64:
-        raise _invalid(f"top_k must not be negative nor above 2^63 - 1, not {top_k}", "top_k")
-    seed = secrets.randbits(SEED_BITS) if spec.seed is None else spec.seed
-    if not 0 <= seed <= MAX_UINT64:
-        raise _invalid(f"seed must be between 0 and 2^64 - 1, not {seed}", "seed")
-    if len(spec.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise _invalid(
-            f"stop_token_ids has {len(spec.stop_token_ids)} entries; at most {MAX_STOP_TOKEN_IDS} "
-            "are taken",
-            "stop_token_ids",
-        )
-    check_token_ids(spec.stop_token_ids, model=model, param="stop_token_ids")
-    return worker_pb2.ResolvedSampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        max_tokens=_max_tokens(spec, prompt_tokens=prompt_tokens, model=model),
-        stop_token_ids=spec.stop_token_ids,
-        ignore_eos=bool(spec.ignore_eos),
-        logprobs=bool(spec.logprobs),
-    )
-
-
 def check_priority(priority: int) -> int:
     if not MIN_INT64 <= priority <= MAX_INT64:
-        raise _invalid(f"priority must fit 64 bits, not {priority}", "priority")
+        raise invalid(f"priority must fit 64 bits, not {priority}", "priority")
     return priority
+
+
+def check_cache_salt(salt: str) -> str:
+    if len(salt) > MAX_CACHE_SALT_CHARACTERS:
+        raise invalid(
+            f"cache_salt has {len(salt)} characters; at most {MAX_CACHE_SALT_CHARACTERS} are taken",
+            "cache_salt",
+        )
+    try:
+        salt.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(f"cache_salt is no text: {error.reason}", "cache_salt") from error
+    return salt
 
 
 def check_prompt(ids: Sequence[int], *, model: ModelFacts) -> None:
     """Raises BatonError (INVALID_ARGUMENT) for a prompt that can never be served."""
     if not ids:
-        raise _invalid("the prompt is empty: send at least one token", "prompt")
+        raise invalid("the prompt is empty: send at least one token", "prompt")
     check_token_ids(ids, model=model, param="prompt")
     if model.context_length and len(ids) >= model.context_length:
-        raise _invalid(
+        raise invalid(
             f"the prompt has {len(ids)} tokens; the model's context of {model.context_length} "
             "must also hold one token of output",
             "prompt",
@@ -140,7 +128,7 @@ def check_prompt(ids: Sequence[int], *, model: ModelFacts) -> None:
         (model.decode_capacity_tokens, "decode"),
     ):
         if limit and len(ids) + 1 > limit:
-            raise _invalid(
+            raise invalid(
                 f"the prompt has {len(ids)} tokens; with one token of output it exceeds the "
                 f"{limit} tokens that the memory of an empty {name} worker holds",
                 "prompt",
@@ -151,38 +139,12 @@ def check_token_ids(ids: Sequence[int], *, model: ModelFacts, param: str) -> Non
     """Raises BatonError (INVALID_ARGUMENT) unless each is an id of the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= model.vocab_size):
         wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
-        raise _invalid(
+        raise invalid(
             f"{param} contains token id {wrong}; ids of this model are 0 to {model.vocab_size - 1}",
             param,
         )
 
 
-def _max_tokens(spec: RequestSpec, *, prompt_tokens: int, model: ModelFacts) -> int:
-    bounds = [
-        (limit - prompt_tokens, what)
-        for limit, what in (
-            (model.context_length, f"the model's context of {model.context_length} tokens"),
-            (
-                model.decode_capacity_tokens,
-                f"the {model.decode_capacity_tokens} tokens that the memory of an empty decode "
-                "worker holds",
-            ),
-        )
-        if limit
-    ]
-    room, what = min(bounds, default=(MAX_INT64, "every bound"))
-    if spec.max_tokens is None:
-        return room if spec.default_max_tokens is None else min(room, spec.default_max_tokens)
-    if spec.max_tokens < 1:
-        raise _invalid(f"max_tokens must be at least 1, not {spec.max_tokens}", "max_tokens")
-    if spec.max_tokens > room:
-        raise _invalid(
-            f"the prompt's {prompt_tokens} tokens and max_tokens {spec.max_tokens} together exceed "
-            f"{what}; ask for at most {room}",
-            "max_tokens",
-        )
-    return spec.max_tokens
-
-
-def _invalid(message: str, param: str) -> BatonError:
+def invalid(message: str, param: str) -> BatonError:
+    """The client's error, naming the field at fault."""
     return BatonError(ErrorCode.INVALID_ARGUMENT, message, param=param)

@@ -114,6 +114,21 @@ def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) 
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        repetition_penalty=(
+            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None
+        ),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        top_logprobs=sampling.top_logprobs,
+        min_tokens=sampling.min_tokens,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        cache_salt=request.cache_salt,
+        stop=sampling.stop,
+        skip_special_tokens=(
+            sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else None
+        ),
         priority=request.priority,
         timeout_s=timeout_s,
     )
@@ -123,10 +138,18 @@ def response_of(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse
     response = inference_pb2.GenerateResponse(
         request_id=request_id,
         tokens=[
-            inference_pb2.Token(index=token.index, id=token.id, logprob=token.logprob)
+            inference_pb2.Token(
+                index=token.index, id=token.id, logprob=token.logprob, top=_top(token.top)
+            )
             for token in delta.tokens
         ],
         text=delta.text,
+        prompt_tokens=[
+            inference_pb2.Token(
+                index=index, id=token.id, logprob=token.logprob, top=_top(token.top)
+            )
+            for index, token in enumerate(delta.prompt_tokens)
+        ],
     )
     if delta.last:
         response.finish_reason = delta.finish_reason
@@ -134,7 +157,13 @@ def response_of(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse
         response.report.CopyFrom(delta.report)
         if delta.stop_token_id is not None:
             response.stop_token_id = delta.stop_token_id
+        if delta.stop_text is not None:
+            response.stop_text = delta.stop_text
     return response
+
+
+def _top(top: list[tuple[int, float]]) -> list[inference_pb2.TopLogprob]:
+    return [inference_pb2.TopLogprob(id=id, logprob=logprob) for id, logprob in top]
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BatonError) -> None:

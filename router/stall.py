@@ -52,4 +52,4 @@ class StallGuard:
             return
         # As in asyncio.timeout: our own cancellation becomes an error, another one passes.
         if self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise TimeoutError(f"the reader took nothing for {self.limit_s:.0f} s") from error
+            raise TimeoutError(f"the reader took nothing for {self.limit_s:g} s") from error

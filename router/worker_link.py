@@ -189,8 +189,15 @@ class WorkerLink:
                     await self._greet(call)
             except TimeoutError:
                 raise SessionLost("it did not answer the session's hello") from None
+            try:
+                async with asyncio.timeout(self._config.silence_timeout_s):
+                    early = await self._sound_out(call)
+            except TimeoutError:
+                raise SessionLost("its engine does not answer") from None
             self._channel = channel
             self._up()
+            for message in early:
+                self._dispatch(message)
             await self._converse(call)
 
     async def _greet(self, call: Session) -> None:
@@ -204,6 +211,18 @@ class WorkerLink:
         if answer.hello.fingerprint != self.record.registration.fingerprint:
             raise SessionLost("it answers with another fingerprint than it registered")
         self.record.status = answer.hello.status
+
+    async def _sound_out(self, call: Session) -> list[worker_pb2.WorkerMessage]:
+        """Waits for a first pong, which comes from the engine: its front alone, which answers the
+        hello, would make a worker whose engine hangs look ready again and again. Returns what was
+        said before it.
+        """
+        ping = worker_pb2.Ping(nonce=next(self._nonces))
+        await call.write(worker_pb2.RouterMessage(ping=ping))
+        early: list[worker_pb2.WorkerMessage] = []
+        while (message := await self._read(call)).WhichOneof("kind") != "pong":
+            early.append(message)
+        return [*early, message]
 
     async def _converse(self, call: Session) -> None:
         tasks = [

@@ -1,110 +1,117 @@
-"""The shape of a completion's answer: OpenAI's, with a `baton` object that names every phase."""
+"""What the answers of both generating doors have in common: choices, usage, a `baton` object."""
 
-import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 from protos.baton.v1 import inference_pb2
-from router.core import Admitted
+from router.http.choices import Choices
 from router.http.errors import dump
-from router.http.schema import Completion
 from router.http.sse import event
-from router.output import Delta, OutputToken
+from router.output import Delta
 
-LEAST_LOGPROB = -9999.0
-"""What OpenAI shows for a token of no probability; JSON has no infinity."""
 PHASES = tuple(field.name for field in inference_pb2.Phases.DESCRIPTOR.fields)
 
 
-class Answer:
-    """Builds one answer from its deltas."""
+class Answer(ABC):
+    """Builds one answer, whole or in chunks, from the deltas of its choices."""
 
-    def __init__(self, completion: Completion, admitted: Admitted) -> None:
-        self._completion = completion
-        self._codec = admitted.codec
-        self._characters = 0
-        request = admitted.journey.request
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, choices: Choices, *, fingerprint: str, include_usage: bool) -> None:
         self._head = {
-            "id": f"cmpl-{request.request_id}",
-            "object": "text_completion",
+            "id": f"{self.id_prefix}-{choices.id}",
             "created": int(time.time()),
-            "model": request.model,
+            "model": choices.model,
+            "system_fingerprint": fingerprint,
         }
+        self._per_prompt = choices.per_prompt
+        self._include_usage = include_usage
+        self._ended: list[Delta | None] = [None] * len(choices)
 
-    async def collect(self, deltas: AsyncIterator[Delta]) -> dict[str, Any]:
-        """The whole answer, once its last delta has come."""
-        tokens: list[OutputToken] = []
-        tail, last = "", Delta([])
-        async for delta in deltas:
-            tokens += delta.tokens
-            tail, last = tail + delta.tail, delta
-        whole = Delta(tokens, tail, last.finish_reason, last.stop_token_id)
-        return self._head | {
-            "choices": [self._choice(whole)],
-            "usage": usage_object(last.usage),
-            "baton": baton_object(last.report),
-        }
+    @abstractmethod
+    def choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """One choice of a whole answer."""
 
-    def chunks(self, delta: Delta) -> list[bytes]:
-        """The events for one delta; the last delta's last event carries `baton`."""
-        chunk = self._head | {"choices": [self._choice(delta)]}
-        if not self._completion.include_usage:
-            if delta.last:
-                chunk["baton"] = baton_object(delta.report)
-            return [event(dump(chunk))]
-        chunk["usage"] = None
-        events = [event(dump(chunk))]
-        if delta.last:
-            end = {
-                "choices": [],
-                "usage": usage_object(delta.usage),
-                "baton": baton_object(delta.report),
-            }
-            events.append(event(dump(self._head | end)))
-        return events
+    @abstractmethod
+    def chunk_choices(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """What one delta adds to a choice, a chunk each; the last delta's last chunk ends it."""
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": 0,
-            "text": delta.text,
-            "logprobs": None,
-            "finish_reason": delta.finish_name or None,
-        }
-        if self._completion.logprobs is not None:
-            choice["logprobs"] = self._logprobs(delta.tokens)
-        if self._completion.return_token_ids:
-            choice["token_ids"] = [token.id for token in delta.tokens]
-        return choice
-
-    def _logprobs(self, tokens: list[OutputToken]) -> dict[str, Any]:
-        names = [
-            self._codec.token_text(t.id) if self._codec else f"token_id:{t.id}" for t in tokens
-        ]
-        values = [_finite(token.logprob) for token in tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._characters)
-            self._characters += len(token.text)
-        top = None
-        if self._completion.logprobs:
-            # Accepted for greedy requests only, whose produced token is the most likely one.
-            top = [{name: value} for name, value in zip(names, values, strict=True)]
+    async def collect(self, deltas: AsyncIterator[tuple[int, Delta]]) -> dict[str, Any]:
+        """The whole answer, once every choice has ended."""
+        parts: list[list[Delta]] = [[] for _ in self._ended]
+        async for index, delta in deltas:
+            parts[index].append(delta)
+            self._note(index, delta)
+        whole = [self.choice(index, join(deltas)) for index, deltas in enumerate(parts)]
         return {
-            "tokens": names,
-            "token_logprobs": values,
-            "top_logprobs": top,
-            "text_offset": offsets,
+            "object": self.whole_object,
+            **self._head,
+            "choices": whole,
+            "usage": self._usage(),
+            "baton": self._baton(),
         }
 
+    def events(self, index: int, delta: Delta) -> list[bytes]:
+        """The events for one delta. The chunk that ends a choice carries its `baton`; the chunk
+        with the usage, where asked for, that of the whole.
+        """
+        self._note(index, delta)
+        chunks = [self._chunk([choice]) for choice in self.chunk_choices(index, delta)]
+        if delta.last:
+            chunks[-1]["baton"] = baton_object(delta.report)
+        if self._include_usage:
+            for chunk in chunks:
+                chunk["usage"] = None
+            if all(self._ended):
+                end = {"usage": self._usage(), "baton": self._baton()}
+                chunks.append(self._chunk([]) | end)
+        return [event(dump(chunk)) for chunk in chunks]
 
-def usage_object(usage: inference_pb2.Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"object": self.chunk_object, **self._head, "choices": choices}
+
+    def _note(self, index: int, delta: Delta) -> None:
+        if delta.last:
+            self._ended[index] = delta
+
+    def _usage(self) -> dict[str, Any]:
+        usages = [delta.usage for delta in self._ended if delta is not None]
+        # A prompt counts once, however many choices it has.
+        prompts = usages[:: self._per_prompt]
+        prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        }
+
+    def _baton(self) -> dict[str, Any]:
+        reports = [baton_object(delta.report) for delta in self._ended if delta is not None]
+        return reports[0] if len(reports) == 1 else {"choices": reports}
+
+
+def join(deltas: list[Delta]) -> Delta:
+    """All of one choice as if it had come at once."""
+    last = deltas[-1]
+    return Delta(
+        tokens=[token for delta in deltas for token in delta.tokens],
+        text="".join(delta.text for delta in deltas),
+        prompt_tokens=deltas[0].prompt_tokens,
+        finish_reason=last.finish_reason,
+        stop_token_id=last.stop_token_id,
+        stop_text=last.stop_text,
+    )
+
+
+def stop_reason(delta: Delta) -> str | int | None:
+    """The text or the token that ended the choice, where one did."""
+    return delta.stop_text if delta.stop_text is not None else delta.stop_token_id
 
 
 def baton_object(report: inference_pb2.Report) -> dict[str, Any]:
@@ -118,9 +125,3 @@ def baton_object(report: inference_pb2.Report) -> dict[str, Any]:
         "seed": report.seed,
         "replays": report.replays,
     }
-
-
-def _finite(logprob: float | None) -> float | None:
-    if logprob is None:
-        return None
-    return logprob if math.isfinite(logprob) else LEAST_LOGPROB

@@ -5,75 +5,103 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from protos.baton.v1 import inference_pb2
 from router.core import Router, version
+from router.http import answer_schema
+from router.http.chat import create_chat_completion
+from router.http.chat_request import ChatRequest
+from router.http.completion_request import CompletionRequest
 from router.http.completions import create_completion
 from router.http.errors import install, json_response
-from router.http.schema import CompletionRequest
+from router.http.openapi import answers, describe, ref, takes
+from router.http.tokenization import (
+    DetokenizeRequest,
+    TokenizeMessages,
+    TokenizePrompt,
+    detokenize,
+    tokenize,
+)
 from router.registry import WorkerRecord, state_name
 
-REF_TEMPLATE = "#/components/schemas/{model}"
-ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+METRICS_TYPE = "text/plain"
 
 
 def create_app(router: Router) -> FastAPI:
     """The HTTP door of one router."""
     app = FastAPI(title="Baton", version=version(), docs_url=None, redoc_url=None)
     install(app)
-    _add_completions(app, router)
+    _add_generation(app, router)
+    _add_tokens(app, router)
     _add_models(app, router)
     _add_operations(app, router)
-    _describe(app)
+    describe(app)
     return app
 
 
-def _add_completions(app: FastAPI, router: Router) -> None:
-    # The body is read by hand: bounded, strict, and with OpenAI's error objects.
-    body = {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": REF_TEMPLATE.format(model="CompletionRequest")}}
-        },
-    }
+def _add_generation(app: FastAPI, router: Router) -> None:
+    # Bodies are read by hand: bounded, strict, and with OpenAI's error objects.
+    errors = (400, 404, 408, 409, 413, 429, 500, 503, 504)
 
     @app.post(
         "/v1/completions",
         response_class=Response,
-        responses=_responses(400, 404, 408, 409, 413, 429, 500, 503, 504),
-        openapi_extra={"requestBody": body},
+        responses=answers(answer_schema.Completion, *errors, stream=True),
+        openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        """Completes one prompt; with `stream`, as server-sent events that end with [DONE]."""
+        """Completes prompts; with `stream`, as server-sent events that end with [DONE]."""
         return await create_completion(router, request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_class=Response,
+        responses=answers(answer_schema.ChatCompletion, *errors, stream=True),
+        openapi_extra=takes(ChatRequest),
+    )
+    async def chat_completions(request: Request) -> Response:
+        """The assistant's next message; with `stream`, as events that end with [DONE]."""
+        return await create_chat_completion(router, request)
+
+
+def _add_tokens(app: FastAPI, router: Router) -> None:
+    errors = (400, 404, 408, 413, 500, 503)
+
+    @app.post(
+        "/tokenize",
+        response_class=Response,
+        responses=answers(answer_schema.Tokens, *errors),
+        openapi_extra=takes(TokenizePrompt, TokenizeMessages),
+    )
+    async def to_tokens(request: Request) -> Response:
+        """The tokens of a text, or of messages in the model's template."""
+        return await tokenize(router, request)
+
+    @app.post(
+        "/detokenize",
+        response_class=Response,
+        responses=answers(answer_schema.Text, *errors),
+        openapi_extra=takes(DetokenizeRequest),
+    )
+    async def to_text(request: Request) -> Response:
+        """The text of tokens, special ones included."""
+        return await detokenize(router, request)
 
 
 def _add_models(app: FastAPI, router: Router) -> None:
-    @app.get("/v1/models", response_class=Response)
+    @app.get("/v1/models", response_class=Response, responses=answers(answer_schema.ModelList))
     async def models() -> Response:
         """The models served."""
         model = router.fleet.model()
         cards = [] if model is None else [_card(router, model.name, model.context_length)]
         return json_response({"object": "list", "data": cards})
 
-    @app.get("/v1/models/{name:path}", response_class=Response, responses=_responses(404, 503))
+    @app.get(
+        "/v1/models/{name:path}",
+        response_class=Response,
+        responses=answers(answer_schema.ModelCard, 404, 503),
+    )
     async def model(name: str) -> Response:
         """One model."""
         facts = router.model(name)
@@ -81,7 +109,14 @@ def _add_models(app: FastAPI, router: Router) -> None:
 
 
 def _add_operations(app: FastAPI, router: Router) -> None:
-    @app.get("/health", response_class=Response, responses=_responses(503))
+    health_answers = answers(answer_schema.Health) | {
+        503: {
+            "description": "Requests cannot be served",
+            "content": {"application/json": {"schema": ref(answer_schema.Health)}},
+        }
+    }
+
+    @app.get("/health", response_class=Response, responses=health_answers)
     async def health() -> Response:
         """200 while requests can be served."""
         reason = router.why_not_ready()
@@ -90,12 +125,23 @@ def _add_operations(app: FastAPI, router: Router) -> None:
             {"status": "unavailable" if reason else "ok", "reason": reason}, status=status
         )
 
-    @app.get("/metrics", response_class=Response)
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"description": "Metrics", "content": {METRICS_TYPE: {}}}},
+    )
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(router.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/workers", response_class=Response)
+    worker_list = {"type": "array", "items": ref(answer_schema.WorkerCard)}
+    listed = {"application/json": {"schema": worker_list}}
+
+    @app.get(
+        "/workers",
+        response_class=Response,
+        responses={200: {"description": "The workers", "content": listed}},
+    )
     async def workers() -> Response:
         """All workers with their figures, asked now."""
         await router.fleet.refresh()
@@ -131,23 +177,3 @@ def _card(router: Router, name: str, context_length: int) -> dict[str, Any]:
         "owned_by": "baton",
         "max_model_len": context_length,
     }
-
-
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    schema = {"$ref": REF_TEMPLATE.format(model="Error")}
-    return {
-        status: {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/json": {"schema": schema}},
-        }
-        for status in statuses
-    }
-
-
-def _describe(app: FastAPI) -> None:
-    """Adds the schemas of bodies that FastAPI does not parse itself to the served document."""
-    document = app.openapi()
-    _, schemas = models_json_schema([(CompletionRequest, "validation")], ref_template=REF_TEMPLATE)
-    target = document.setdefault("components", {}).setdefault("schemas", {})
-    target.update(schemas["$defs"])
-    target["Error"] = ERROR_SCHEMA

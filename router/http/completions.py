@@ -1,26 +1,31 @@
 """POST /v1/completions: answers in OpenAI's shape, whole or as server-sent events."""
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from protos.errors import BatonError, ErrorCode
 from router.core import Router
-from router.http.answer import Answer
+from router.http.answer import Answer, stop_reason
 from router.http.body import read_json
-from router.http.errors import dump, error_object, json_response
-from router.http.schema import parse
-from router.http.sse import DONE, EventStream, event
-from router.output import Delta
+from router.http.choices import Choices
+from router.http.completion_request import CompletionRequest, parse
+from router.http.logprobs import LegacyLogprobs, TokenNames
+from router.http.serve import respond
+from router.output import Delta, OutputToken
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """A prompt as `echo` shows it."""
+
+    text: str
+    pieces: list[str]
+    """What each of its tokens adds; empty where no log probabilities are wanted."""
 
 
 async def create_completion(router: Router, request: Request) -> Response:
@@ -30,75 +35,99 @@ async def create_completion(router: Router, request: Request) -> Response:
         BatonError, HttpDoorError: it failed before anything of the answer was sent.
     """
     config = router.config
-    body = await read_json(
-        request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
+    body = parse(
+        await read_json(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     )
-    completion = parse(body)
-    admitted = await router.admit(completion.spec)
-    journey = admitted.journey
-    logger.debug(
-        "request %s over HTTP, user %r",
-        journey.request.request_id,
-        completion.user,
-        extra={"request_id": journey.request.request_id},
-    )
+    per_prompt = body.choices(prompts=len(body.prompt))
+    specs = [body.spec_for(prompt) for prompt in body.prompt]
+    choices = await Choices.admit(router, specs, per_prompt=per_prompt)
     try:
-        deltas = journey.deltas()
-        answer = Answer(completion, admitted)
-        if not completion.stream:
-            return await _whole(answer, deltas, request)
-        # Errors before the first token still get a status of their own.
-        first = await _unless_gone(_next(deltas), request)
+        logger.debug("request %s over HTTP, user %r", choices.id, body.user)
+        prompts = await _prompt_texts(choices, body) if body.echo else []
+        answer = CompletionAnswer(
+            body, choices, prompts=prompts, fingerprint=router.system_fingerprint()
+        )
     except BaseException:
-        journey.close()
+        choices.close()
         raise
-    return EventStream(
-        _events(answer, first, deltas),
+    return await respond(
+        request,
+        choices,
+        answer,
+        stream=bool(body.stream),
         write_timeout_s=config.write_timeout_s,
-        on_end=journey.close,
     )
 
 
-async def _whole(answer: Answer, deltas: AsyncGenerator[Delta, None], request: Request) -> Response:
-    async with aclosing(deltas):
-        return json_response(await _unless_gone(answer.collect(deltas), request))
+async def _prompt_texts(choices: Choices, body: CompletionRequest) -> list[PromptText]:
+    codec, skip = choices.codec, body.skip_special_tokens is not False
+    texts = []
+    for index, prompt in enumerate(body.prompt):
+        ids = choices.prompt_ids(index * choices.per_prompt)
+        if codec is None:
+            texts.append(PromptText("", [""] * len(ids)))
+            continue
+        text = prompt
+        if not isinstance(prompt, str):
+            text = await codec.decode(ids, skip_special_tokens=skip)
+        pieces = []
+        if body.logprobs is not None:
+            pieces = await codec.pieces(ids, skip_special_tokens=skip)
+        texts.append(PromptText(text, pieces))
+    return texts
 
 
-async def _events(
-    answer: Answer, first: Delta, deltas: AsyncGenerator[Delta, None]
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(deltas):
-        try:
-            for chunk in answer.chunks(first):
-                yield chunk
-            async for delta in deltas:
-                for chunk in answer.chunks(delta):
-                    yield chunk
-        except BatonError as error:
-            yield event(dump(error_object(error)))
-            return
-    yield DONE
+class CompletionAnswer(Answer):
+    """The shape of text completions."""
+
+    id_prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        choices: Choices,
+        *,
+        prompts: list[PromptText],
+        fingerprint: str,
+    ) -> None:
+        """Args: prompts: to show before each choice's text; empty: none."""
+        super().__init__(choices, fingerprint=fingerprint, include_usage=body.include_usage)
+        self._token_ids = bool(body.return_token_ids)
+        self._prompts = prompts
+        self._begun: set[int] = set()
+        names = TokenNames(choices.codec)
+        self._logprobs: list[LegacyLogprobs] = []
+        if body.logprobs is not None:
+            self._logprobs = [LegacyLogprobs(names, top=body.logprobs) for _ in range(len(choices))]
+
+    def choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        prompt = None
+        if self._prompts and index not in self._begun:
+            prompt = self._prompts[index // self._per_prompt]
+        self._begun.add(index)
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": delta.text if prompt is None else prompt.text + delta.text,
+            "logprobs": None,
+            "finish_reason": delta.finish_name or None,
+            "stop_reason": stop_reason(delta),
+        }
+        if self._logprobs:
+            tokens = delta.tokens
+            if prompt is not None:
+                tokens = _with_text(delta.prompt_tokens, prompt.pieces) + tokens
+            choice["logprobs"] = self._logprobs[index].add(tokens)
+        if self._token_ids:
+            choice["token_ids"] = [token.id for token in delta.tokens]
+        return choice
+
+    def chunk_choices(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        return [self.choice(index, delta)]
 
 
-async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T:
-    """Waits for `work`, and cancels it at once when the client leaves."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise BatonError(ErrorCode.ABORTED, "the client is gone")
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _next(deltas: AsyncGenerator[Delta, None]) -> Delta:
-    return await anext(deltas)
+def _with_text(tokens: list[OutputToken], pieces: list[str]) -> list[OutputToken]:
+    return [
+        OutputToken(token.index, token.id, piece, token.logprob, token.top)
+        for token, piece in zip(tokens, pieces, strict=True)
+    ]

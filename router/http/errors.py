@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from protos.errors import HTTP_ERRORS, BatonError
+from protos.errors import HTTP_ERRORS, BatonError, ErrorCode
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ class HttpDoorError(Exception):
 def error_object(error: BatonError) -> dict[str, Any]:
     """{"error": {message, type, param, code}}"""
     shown = HTTP_ERRORS[error.code]
-    return _object(error.message, shown.type, error.param, error.code.value.lower())
+    code = error.code.value.lower()
+    if error.code is ErrorCode.NOT_FOUND and error.param == "model":
+        code = "model_not_found"  # clients tell it from a wrong path by this
+    return _object(error.message, shown.type, error.param, code)
 
 
 def dump(value: object) -> bytes:
@@ -62,18 +65,18 @@ def install(app: FastAPI) -> None:
     async def on_door_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HttpDoorError):
             raise error
-        return _plain(error.status, error.message, error.param)
+        return plain_error(error.status, error.message, error.param)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
         message = f"{error.detail}: {request.method} {request.url.path}"
-        response = _plain(error.status_code, message)
+        response = plain_error(error.status_code, message)
         response.headers.update(error.headers or {})
         return response
 
     async def on_anything(request: Request, error: Exception) -> Response:
-        return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "an error inside the router")
+        return plain_error(HTTPStatus.INTERNAL_SERVER_ERROR, "an error inside the router")
 
     app.add_exception_handler(BatonError, on_baton_error)
     app.add_exception_handler(HttpDoorError, on_door_error)
@@ -81,7 +84,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_anything)
 
 
-def _plain(status: int, message: str, param: str | None = None) -> Response:
+def plain_error(status: int, message: str, param: str | None = None) -> Response:
+    """An error object for what only HTTP knows."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     code = HTTPStatus(status).name.lower()
     return json_response(_object(message, kind, param, code), status=status)

@@ -1,11 +1,15 @@
 """Bad input gets a clear error, and the next request works."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
 
 from baton import Client
 from baton.errors import InvalidRequest, NotFound, RequestError
@@ -96,9 +100,6 @@ def test_a_broken_model_directory_is_named_at_start(
     llama: Path, tmp_path: Path, breakage: str, names: str
 ) -> None:
     model = _broken_copy(llama, tmp_path / "model", breakage)
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "baton", "up", "--model", str(model), "--device", "cpu",
          "--http-port", "0", "--grpc-port", "0"],
@@ -110,10 +111,6 @@ def test_a_broken_model_directory_is_named_at_start(
 
 
 def _broken_copy(model: Path, target: Path, breakage: str) -> Path:
-    import shutil
-
-    import safetensors.torch
-
     shutil.copytree(model, target)
     config = target / "config.json"
     if breakage == "no weights":

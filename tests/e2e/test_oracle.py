@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -115,8 +116,6 @@ def test_the_http_door_streams_the_same_tokens_and_reports(llama: Path, tmp_path
         prompt = prompts(Reference(llama).vocab)[-1]
         body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         whole = cluster.complete(**body).json()
-        import httpx
-
         text, last = "", {}
         with httpx.stream(
             "POST", f"{cluster.http}/v1/completions", json={**body, "stream": True}, timeout=30

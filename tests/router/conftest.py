@@ -1,5 +1,6 @@
 """A running router with scripted workers."""
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,14 @@ FAST = RouterConfig(
 )
 """The same rules on shorter clocks."""
 
+CHAT_TEMPLATE = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' and not m.name %}"
+    "{{ raise_exception('a tool has a name') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ mood }}{% endif %}"
+)
+
 
 def byte_level_bpe() -> Tokenizer:
     """256 byte tokens; ids 256 and 257 are merges, 258 is special."""
@@ -42,6 +51,8 @@ def byte_level_bpe() -> Tokenizer:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     byte_level_bpe().save(str(path / "tokenizer.json"))
+    config = {"chat_template": CHAT_TEMPLATE, "eos_token": "<eos>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
@@ -108,6 +119,21 @@ class Cluster:
 
     async def complete(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json={"prompt": [1, 2, 3], **body})
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        said = {"messages": [{"role": "user", "content": "hi"}], "seed": 0}
+        return await self.http.post("/v1/chat/completions", json={**said, **body})
+
+    async def events(self, path: str = "/v1/completions", **body: Any) -> list[Any]:
+        """The events of a stream, parsed; the last one is "[DONE]"."""
+        events: list[Any] = []
+        async with self.http.stream("POST", path, json={"stream": True, **body}) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                if line:
+                    data = line.removeprefix("data: ")
+                    events.append(data if data == "[DONE]" else json.loads(data))
+        return events
 
 
 class Result:

@@ -36,6 +36,14 @@ def expected(prompt: Sequence[int], count: int, seed: int = 0) -> list[int]:
     return ids[len(prompt) :]
 
 
+def most_likely(token: int, count: int) -> list[inference_pb2.TopLogprob]:
+    """Alternatives, of which the token itself is none."""
+    return [
+        inference_pb2.TopLogprob(id=(token + 1 + i) % VOCAB, logprob=-0.1 * (i + 1))
+        for i in range(count)
+    ]
+
+
 @dataclass
 class Script:
     """What one worker does out of the ordinary."""
@@ -54,6 +62,8 @@ class Script:
     never_reserve: bool = False
     stop_at: int | None = None
     """The token of this index is EOS."""
+    tokens: Sequence[int] = ()
+    """The output's tokens, while they last."""
     timing: dict[str, float] = field(default_factory=dict)
 
 
@@ -299,8 +309,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             ids, timing = [*ids, token], None
 
     def _draw(self, request: Any, ids: list[int]) -> int:
-        if self.script.stop_at == len(ids) - len(request.prompt_ids):
+        index = len(ids) - len(request.prompt_ids)
+        if self.script.stop_at == index:
             return EOS
+        if index < len(self.script.tokens):
+            return self.script.tokens[index]
         return next_token(ids, request.sampling.seed)
 
     def _finish(self, request: Any, index: int, token: int) -> int:
@@ -331,10 +344,30 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             return False
         finish = self._finish(request, index, token)
         logprob = -0.5 if request.sampling.logprobs else None
+        prompt_tokens = []
+        if self.role == PREFILL and request.sampling.HasField("prompt_logprobs"):
+            alternatives = request.sampling.prompt_logprobs
+            prompt_tokens = [
+                inference_pb2.Token(
+                    index=i,
+                    id=id,
+                    logprob=-1.0 if i else None,
+                    top=most_likely(id, alternatives if i else 0),
+                )
+                for i, id in enumerate(request.prompt_ids)
+            ]
         output = worker_pb2.RequestOutput(
             request_id=request.request_id,
             attempt=request.attempt,
-            tokens=[inference_pb2.Token(index=index, id=token, logprob=logprob)],
+            tokens=[
+                inference_pb2.Token(
+                    index=index,
+                    id=token,
+                    logprob=logprob,
+                    top=most_likely(token, request.sampling.top_logprobs),
+                )
+            ],
+            prompt_tokens=prompt_tokens,
             finish_reason=finish,
             stop_token_id=token if finish == inference_pb2.FINISH_REASON_STOP else None,
             timing=worker_pb2.WorkerTiming(**timing) if timing else None,

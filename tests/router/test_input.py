@@ -45,7 +45,10 @@ BAD_BODIES: list[tuple[str, int, str | None]] = [
     ('{"prompt": [1.5]}', 400, "prompt"),
     ('{"prompt": [1.0]}', 400, "prompt"),
     ('{"prompt": [1, "1"]}', 400, "prompt"),
-    ('{"prompt": ["1", "2"]}', 400, "prompt"),
+    ('{"prompt": ["1", ""]}', 400, "prompt"),
+    ('{"prompt": [[1], "1"]}', 400, "prompt"),
+    ('{"prompt": [[1], [true]]}', 400, "prompt"),
+    ('{"prompt": [[1], [[2]]]}', 400, "prompt"),
     ('{"prompt": [-1]}', 400, "prompt"),
     ('{"prompt": [256]}', 400, "prompt"),
     ('{"prompt": [99999999999999999999999]}', 400, "prompt"),
@@ -54,19 +57,44 @@ BAD_BODIES: list[tuple[str, int, str | None]] = [
     ('{"prompt": [1], "model": 3}', 400, "model"),
     ('{"prompt": [1], "stop_token_ids": [300]}', 400, "stop_token_ids"),
     ('{"prompt": [1], "stop_token_ids": [true]}', 400, "stop_token_ids.0"),
-    ('{"prompt": [1], "n": 2}', 400, "n"),
+    ('{"prompt": [1], "n": 0}', 400, "n"),
+    ('{"prompt": [1], "n": 129}', 400, "n"),
+    ('{"prompt": ["a", "b"], "n": 65}', 400, "n"),
     ('{"prompt": [1], "n": true}', 400, "n"),
-    ('{"prompt": [1], "echo": true}', 400, "echo"),
+    ('{"prompt": [1], "echo": 1}', 400, "echo"),
     ('{"prompt": [1], "best_of": 3}', 400, "best_of"),
-    ('{"prompt": [1], "stop": ["x"]}', 400, "stop"),
+    ('{"prompt": [1], "n": 2, "best_of": 1}', 400, "best_of"),
+    ('{"prompt": [1], "stop": ""}', 400, "stop"),
+    ('{"prompt": [1], "stop": [""]}', 400, "stop"),
+    ('{"prompt": [1], "stop": [1]}', 400, "stop"),
+    ('{"prompt": [1], "stop": ["a", "b", "c", "d", "e"]}', 400, "stop"),
+    ('{"prompt": [1], "stop": "' + "x" * 1001 + '"}', 400, "stop"),
     ('{"prompt": [1], "suffix": "x"}', 400, "suffix"),
-    ('{"prompt": [1], "logit_bias": {"1": 2}}', 400, "logit_bias"),
-    ('{"prompt": [1], "presence_penalty": 0.5}', 400, "presence_penalty"),
-    ('{"prompt": [1], "logprobs": 5}', 400, "logprobs"),
-    ('{"prompt": [1], "logprobs": 1, "temperature": 0.5}', 400, "logprobs"),
+    ('{"prompt": [1], "logit_bias": {"1": "2"}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": {"1": true}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": {"1": 101}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": {"-1": 1}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": {"256": 1}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": {"\u00b2": 1}}', 400, "logit_bias"),
+    ('{"prompt": [1], "logit_bias": [1]}', 400, "logit_bias"),
+    ('{"prompt": [1], "presence_penalty": 2.5}', 400, "presence_penalty"),
+    ('{"prompt": [1], "frequency_penalty": -2.5}', 400, "frequency_penalty"),
+    ('{"prompt": [1], "repetition_penalty": 0}', 400, "repetition_penalty"),
+    ('{"prompt": [1], "min_p": 1.5}', 400, "min_p"),
+    ('{"prompt": [1], "min_tokens": -1}', 400, "min_tokens"),
+    ('{"prompt": [1], "max_tokens": 3, "min_tokens": 4}', 400, "min_tokens"),
+    ('{"prompt": [1], "logprobs": 21}', 400, "logprobs"),
+    ('{"prompt": [1], "logprobs": -1}', 400, "logprobs"),
     ('{"prompt": [1], "logprobs": true}', 400, "logprobs"),
+    ('{"prompt": [1], "cache_salt": 1}', 400, "cache_salt"),
+    ('{"prompt": [1], "skip_special_tokens": "no"}', 400, "skip_special_tokens"),
     ('{"prompt": [1], "stream": "yes"}', 400, "stream"),
     ('{"prompt": [1], "stream_options": {"include_usage": true}}', 400, "stream_options"),
+    (
+        '{"prompt": [1], "stream": true, "stream_options": {"include_obfuscation": true}}',
+        400,
+        "stream_options.include_obfuscation",
+    ),
     ('{"prompt": [1], "max_token": 5}', 400, "max_token"),
 ]
 
@@ -81,7 +109,7 @@ async def test_bad_bodies_are_refused_by_name_and_the_next_request_works(cluster
         error = answer.json()["error"]
         assert error["param"] == param, body[:80]
         assert error["type"] == "invalid_request_error"
-        assert error["message"]
+        assert param is None or param in error["message"], error
         assert error["code"]
     good = await cluster.complete(max_tokens=3, seed=0, return_token_ids=True)
     assert good.json()["choices"][0]["token_ids"] == expected([1, 2, 3], 3)
@@ -106,6 +134,11 @@ async def test_fields_at_their_neutral_values_are_accepted(cluster: Cluster) -> 
     assert answer.status_code == 200, answer.text
 
 
+async def test_an_unknown_field_is_refused_in_openais_words(cluster: Cluster) -> None:
+    error = (await cluster.complete(nucleus=1)).json()["error"]
+    assert error["message"] == "Unrecognized request argument supplied: nucleus"
+
+
 BAD_REQUESTS: list[tuple[inference_pb2.GenerateRequest, grpc.StatusCode, str]] = [
     (inference_pb2.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
     (request(prompt=""), grpc.StatusCode.INVALID_ARGUMENT, "empty"),
@@ -122,6 +155,9 @@ BAD_REQUESTS: list[tuple[inference_pb2.GenerateRequest, grpc.StatusCode, str]] =
     (request(top_p=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "top_p"),
     (request(top_k=-2), grpc.StatusCode.INVALID_ARGUMENT, "top_k"),
     (request(stop_token_ids=[999]), grpc.StatusCode.INVALID_ARGUMENT, "stop_token_ids"),
+    (request(stop=[""]), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
+    (request(stop=["x"] * 17), grpc.StatusCode.INVALID_ARGUMENT, "16"),
+    (request(stop=["x" * 1001]), grpc.StatusCode.INVALID_ARGUMENT, "1000"),
     (request(model="other"), grpc.StatusCode.NOT_FOUND, "'other'"),
     (request(request_id="x" * 300), grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
 ]
@@ -207,6 +243,8 @@ async def test_without_a_tokenizer_token_ids_are_served_and_text_is_refused(
         await cluster.generate(prompt="text")
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "tokenizer" in str(caught.value.details())
+    stopped = await cluster.complete(stop="x")
+    assert (stopped.status_code, stopped.json()["error"]["param"]) == (400, "stop")
 
 
 async def test_no_workers_is_503_with_a_hint(cluster: Cluster) -> None:

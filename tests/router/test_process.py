@@ -54,5 +54,5 @@ async def test_the_openai_client_reads_answers_streams_and_errors(cluster: Clust
         with pytest.raises(openai.NotFoundError):
             await client.completions.create(model="other", prompt="hello")
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.completions.create(model="tiny", prompt="hello", n=2)
-        assert caught.value.param == "n"
+            await client.completions.create(model="tiny", prompt="hello", suffix="x")
+        assert caught.value.param == "suffix"

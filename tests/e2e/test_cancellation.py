@@ -1,0 +1,200 @@
+"""A client that goes away frees rows, pages and slots on both workers within a second, wherever
+its request is.
+
+The model is slow enough, and chunks, pools and windows are small enough, for each phase to last:
+a prompt takes seconds in chunks of a page, and a request that cannot have decode memory waits for
+the one that holds it.
+"""
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import random_prompt, write_config
+from tests.e2e.cluster import Cluster, running_cluster
+from tests.e2e.leaving import WAYS, Visitor, grpc_cancel
+from tests.e2e.worker_status import Probe, wait_for, wait_until_free
+
+LIMIT_S = 1.0
+"""The promise: this long after the client has gone, nothing of its request is left."""
+
+CONTEXT = 4096
+LONG = 3000
+"""Tokens of a prompt that keeps prefill busy for a while, in chunks of 16."""
+
+NAMES = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig
+
+    directory = tmp_path_factory.mktemp("slow")
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    write_config(directory, config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    slow_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    flags = (
+        "--transport", request.param,
+        "--page-size", "16",
+        "--chunked-prefill-size", "16",
+        "--max-total-tokens", str(CONTEXT),
+        "--landing-slots", "16",
+    )  # fmt: skip
+    with running_cluster(slow_llama, tmp_path_factory.mktemp("cancel"), *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def probe(cluster: Cluster) -> Iterator[Probe]:
+    made = Probe(cluster)
+    yield made
+    made.close()
+
+
+every_way = pytest.mark.parametrize(
+    ("cluster", "way"),
+    [("grpc", way) for way in WAYS] + [("nixl", "http stream"), ("nixl", "grpc cancel")],
+    indirect=["cluster"],
+    scope="module",
+)
+
+
+def _fresh(length: int) -> list[int]:
+    """A new prompt, or the prefix cache would shorten its phases."""
+    return random_prompt(length, seed=next(NAMES))
+
+
+def _visit(
+    cluster: Cluster, way: str, length: int, max_tokens: int, reached: Callable[[], bool]
+) -> Visitor:
+    """A visitor whose request is in the phase that `reached` tells."""
+    for patience in (1, 2, 4):
+        options = {"patience": patience} if way == "grpc deadline" else {}
+        name = f"visitor-{next(NAMES)}"
+        visitor = WAYS[way](cluster, name, _fresh(length), max_tokens, **options)
+        limit = min(time.monotonic() + 10.0, visitor.until - 0.1)
+        while time.monotonic() < limit:
+            if reached():
+                return visitor
+            time.sleep(0.005)
+        visitor.leave()
+    raise AssertionError("the phase was not reached")
+
+
+def _expect_free_and_serving(cluster: Cluster) -> None:
+    wait_until_free(cluster, within_s=LIMIT_S)
+    answer = cluster.complete(prompt=_fresh(20), max_tokens=2, temperature=0, ignore_eos=True)
+    assert answer.status_code == 200, answer.text
+    cluster.wait_until_balanced()
+
+
+@every_way
+def test_while_decode_has_no_memory_for_it(cluster: Cluster, probe: Probe, way: str) -> None:
+    """The reservation waits at decode, and the request for its ticket at prefill."""
+    hog = grpc_cancel(cluster, f"hog-{next(NAMES)}", _fresh(20), CONTEXT - 20)
+    wait_for(lambda: probe.decode().running == 1, "the hog's decode")
+    visitor = _visit(cluster, way, 3900, 100, lambda: probe.decode().waiting == 1)
+    prefill = probe.prefill()
+    assert (prefill.waiting, prefill.pages.in_use) == (1, 0)
+    visitor.leave()
+    wait_for(lambda: probe.decode().waiting == 0, "its end", within_s=LIMIT_S)
+    wait_for(lambda: probe.prefill().waiting == 0, "its end", within_s=LIMIT_S)
+    assert probe.decode().running == 1
+    hog.leave()
+    _expect_free_and_serving(cluster)
+
+
+@every_way
+def test_while_it_queues_at_prefill(cluster: Cluster, probe: Probe, way: str) -> None:
+    ahead = grpc_cancel(cluster, f"ahead-{next(NAMES)}", _fresh(LONG), 2)
+    wait_for(lambda: probe.prefill().pages.in_use > 0, "a prefill ahead")
+
+    def queued() -> bool:
+        status = probe.prefill()
+        return (status.transferring, status.waiting) == (2, 2)
+
+    visitor = _visit(cluster, way, 500, 50, queued)
+    visitor.leave()
+    wait_for(lambda: probe.prefill().waiting <= 1, "its end", within_s=LIMIT_S)
+    wait_for(lambda: probe.decode().transferring <= 1, "its end", within_s=LIMIT_S)
+    ahead.leave()
+    _expect_free_and_serving(cluster)
+
+
+@every_way
+def test_between_two_chunks_of_its_prompt(cluster: Cluster, probe: Probe, way: str) -> None:
+    def half_done() -> bool:
+        status = probe.prefill()
+        return status.pages.in_use >= 4 and status.waiting == 1
+
+    visitor = _visit(cluster, way, LONG, 50, half_done)
+    visitor.leave()
+    _expect_free_and_serving(cluster)
+
+
+@every_way
+def test_while_its_pages_travel(cluster: Cluster, probe: Probe, way: str) -> None:
+    """Decode's engine stands still, so that prefill is left with pages and without credit."""
+    (engine,) = cluster.worker("decode")["engine_pids"]
+    stopped = False
+
+    def without_credit() -> bool:
+        nonlocal stopped
+        if not stopped and probe.decode().slots_granted > 0:
+            os.kill(engine, signal.SIGSTOP)
+            stopped = True
+        return stopped and probe.prefill().pages.in_use >= 8
+
+    try:
+        visitor = _visit(cluster, way, 400, 50, without_credit)
+        visitor.leave()
+        wait_for(lambda: probe.prefill().pages.in_use == 0, "its end", within_s=LIMIT_S)
+        if probe.transport == "grpc":
+            # NIXL's writes into a stopped process end when it goes on: until then the pages they
+            # read from are held, and given to nobody else.
+            assert probe.prefill().pages.held == 0
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    _expect_free_and_serving(cluster)
+
+
+@every_way
+def test_while_it_decodes(cluster: Cluster, probe: Probe, way: str) -> None:
+    visitor = _visit(cluster, way, 40, 2000, lambda: probe.decode().running == 1)
+    visitor.leave()
+    _expect_free_and_serving(cluster)
+
+
+@every_way
+def test_before_any_worker_has_answered(cluster: Cluster, way: str) -> None:
+    """Both engines stand still: what they get is the request and its end, one after the other."""
+    engines = [pid for worker in cluster.workers() for pid in worker["engine_pids"]]
+    for pid in engines:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        WAYS[way](cluster, f"visitor-{next(NAMES)}", _fresh(100), 50).leave()
+    finally:
+        for pid in engines:
+            os.kill(pid, signal.SIGCONT)
+    _expect_free_and_serving(cluster)
