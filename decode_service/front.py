@@ -18,6 +18,7 @@ class DecodeFront:
 
     engine_module = "decode_service.engine"
     role = inference_pb2.WORKER_ROLE_DECODE
+    takes = "reserve"
 
     def attach(self, front: WorkerFront, server: grpc.aio.Server) -> list[str]:
         self._kv = KvFront(front)

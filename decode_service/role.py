@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineError, OutOfMemoryError
-from engine.memory.chain_hash import page_chain_hashes
+from engine.memory.chain_hash import namespace_hash, page_chain_hashes
 from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind
@@ -87,7 +87,7 @@ class DecodeRole(EngineRole):
     def _accept(self, request: worker_pb2.ReserveRequest) -> None:
         rid = self.arrive(request)
         try:
-            req = self.make_req(request)
+            req = self.checked_req(request)
             self.scheduler.check_request(req)
         except EngineError as error:
             self.refuse(rid, error)
@@ -101,7 +101,7 @@ class DecodeRole(EngineRole):
         self._admit()
 
     def _turn_away(self, rid: RequestId, why: str) -> None:
-        self.report_failure(rid, "RESOURCE_EXHAUSTED", why, retryable=False, retry_after_s=1.0)
+        self.report_failure(rid, "RESOURCE_EXHAUSTED", why, retryable=True, retry_after_s=1.0)
         self.done(rid)
 
     def abort(self, rid: RequestId) -> None:
@@ -161,7 +161,9 @@ class DecodeRole(EngineRole):
 
     def _grant(self, head: Reservation, prefix: list[int], prefix_len: int) -> None:
         req = head.req
-        chain = page_chain_hashes(req.fill_ids, self.parts.layout.page_size)
+        chain = page_chain_hashes(
+            req.fill_ids, self.parts.layout.page_size, previous=namespace_hash(req.extra_key)
+        )
         ticket = self.agent.grant(
             request_id=head.rid,
             writer=head.writer,
@@ -203,18 +205,18 @@ class DecodeRole(EngineRole):
             case PagesLanded():
                 self._on_landed(event)
             case WriterFinished(request_id=request_id, first_token=first_token):
-                landing = self._landings.get(RequestId(request_id))
-                if landing is not None:
-                    landing.first_token = first_token
-                    self._join_if_whole(RequestId(request_id), landing)
+                self._on_writer_finished(RequestId(request_id), first_token)
             case TransferFailedEvent(request_id=request_id, failure=failure, detail=detail):
                 rid = RequestId(request_id)
-                if rid in self._landings:
+                if rid not in self._landings:
+                    return
+                if failure is not TransferFailure.NOT_NEEDED:
+                    # Else the first token ended the request: prefill tells the router itself.
                     code = FAILURE_CODES.get(failure, "UNAVAILABLE")
                     self.report_failure(
                         rid, code, f"its KV did not arrive: {detail}", retryable=True
                     )
-                    self._forget_landing(rid)
+                self._forget_landing(rid)
 
     def _on_landed(self, event: PagesLanded) -> None:
         rid = RequestId(event.request_id)
@@ -233,15 +235,29 @@ class DecodeRole(EngineRole):
             return
         problem = self._copy_and_check(event, landing)
         if problem:
-            self.agent.reject(rid, problem)
-            self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {problem}", retryable=True)
-            self._forget_landing(rid)
+            self._reject(rid, problem)
             return
         self.agent.accept(rid, [page.position for page in event.pages])
         landing.verified = time.monotonic()
         landing.verify_s = landing.verified - started
         landing.accepted.update(page.position for page in event.pages)
         self._join_if_whole(rid, landing)
+
+    def _on_writer_finished(self, rid: RequestId, first_token: int) -> None:
+        landing = self._landings.get(rid)
+        if landing is None:
+            return
+        if first_token >= self.scheduler.config.vocab_size:
+            # The model would be asked for a row that it does not have, and the engine would end.
+            self._reject(rid, f"its first token {first_token} is not of the vocabulary")
+            return
+        landing.first_token = first_token
+        self._join_if_whole(rid, landing)
+
+    def _reject(self, rid: RequestId, problem: str) -> None:
+        self.agent.reject(rid, problem)
+        self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {problem}", retryable=True)
+        self._forget_landing(rid)
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
         """Copies slots into the request's pages; what is wrong with them, or nothing."""
@@ -253,9 +269,11 @@ class DecodeRole(EngineRole):
             [page.valid_tokens for page in event.pages],
             self.parts.layout,
         )
+        # Waits for the copy, too: after this the slots go back to their writer.
+        seals = seals_of(digests)
         if not self.parts.config.verify_kv:
             return ""
-        for page, seal in zip(event.pages, seals_of(digests), strict=True):
+        for page, seal in zip(event.pages, seals, strict=True):
             if page.chain_hash != landing.chain[page.position]:
                 return f"page {page.position} is of other tokens"
             if page.seal != seal:

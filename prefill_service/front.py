@@ -17,6 +17,7 @@ class PrefillFront:
 
     engine_module = "prefill_service.engine"
     role = inference_pb2.WORKER_ROLE_PREFILL
+    takes = "prefill"
 
     def __init__(self) -> None:
         self._clients: dict[str, KvSessionClient] = {}
@@ -40,7 +41,7 @@ class PrefillFront:
     def _dial(self, instance: str, address: str) -> None:
         def refused(_: str, reason: str) -> None:
             state = worker_pb2.PeerState(instance_id=instance, connected=False, reason=reason)
-            self._front.report_peer(state)
+            self._front.report_peer(state, remember=True)
 
         client = KvSessionClient(
             address=address,

@@ -6,10 +6,10 @@ client; the source pages stay owned until decode has acknowledged them.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from engine.errors import EngineError
-from engine.memory.chain_hash import chain_hash
+from engine.errors import EngineError, QueueFullError
+from engine.memory.chain_hash import chain_hash, namespace_hash
 from engine.scheduler.req import Req, RequestPhase
 from engine.types import RequestId
 from kvtransfer.errors import TransferError
@@ -31,8 +31,6 @@ class Handover:
     ticket: Ticket | None = None
     ticket_arrived: float = 0.0
     """time.monotonic() seconds."""
-    chain: list[bytes] = field(default_factory=list)
-    """Chain hash of each page dealt with so far."""
     given_up: bool = False
     """The transfer is lost or not wanted; the pages stay owned until the writer is quiet."""
 
@@ -46,6 +44,8 @@ class PrefillRole(EngineRole):
         super().__init__(parts)
         self._handovers: dict[RequestId, Handover] = {}
         self._reqs: dict[RequestId, Req] = {}
+        self._chains: dict[RequestId, list[bytes]] = {}
+        """Chain hash of each page of a request that was computed, or found cached, so far."""
         self._seals = SealStore(parts)
 
     # ---- messages -------------------------------------------------------------------------------
@@ -60,9 +60,10 @@ class PrefillRole(EngineRole):
     def _accept(self, request: worker_pb2.PrefillRequest) -> None:
         rid = self.arrive(request)
         try:
-            req = self.make_req(request)
+            req = self.checked_req(request)
             self._reqs[rid] = req
             if request.decode_instance:
+                self._check_room()
                 self.scheduler.check_request(req)
                 self._handovers[rid] = Handover(req, request.decode_instance)
             else:
@@ -71,6 +72,15 @@ class PrefillRole(EngineRole):
             self.refuse(rid, error)
             self.done(rid)
 
+    def _check_room(self) -> None:
+        """Raises QueueFullError: requests that wait for their ticket are bounded, too."""
+        limit = self.parts.config.max_queued_requests
+        if len(self._handovers) >= limit:
+            raise QueueFullError(
+                f"{len(self._handovers)} requests wait here or hand their KV over already, the "
+                "bound (--max-queued-requests); try again later"
+            )
+
     def _take_ticket(self, message: worker_pb2.TicketForPrefill) -> None:
         rid = make_rid(message.request_id, message.attempt)
         handover = self._handovers.get(rid)
@@ -78,6 +88,9 @@ class PrefillRole(EngineRole):
             return
         try:
             ticket = Ticket.from_proto(message.ticket)
+            if ticket.request_id != rid:
+                # The transfer is settled under the ticket's id: under another one, never.
+                raise TransferError(f"the ticket of request {rid} is for {ticket.request_id}")
             self.agent.open(ticket)
         except TransferError as error:
             del self._handovers[rid]
@@ -117,6 +130,8 @@ class PrefillRole(EngineRole):
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
+        # Sealed whatever becomes of the request: the prefix cache may lend its pages to another.
+        fresh = self._seal_new_pages(req, prompt_done=prompt_done)
         handover = self._handovers.get(req.rid)
         if handover is None or handover.ticket is None or handover.given_up:
             return
@@ -127,7 +142,7 @@ class PrefillRole(EngineRole):
             )
             return
         try:
-            self._push_new_pages(handover, handover.ticket, prompt_done=prompt_done)
+            self._push(req, handover.ticket, fresh)
         except StaleSourceError as error:
             self._give_up(req.rid, handover, TransferFailure.MISMATCH, str(error))
             self.report_failure(req.rid, "DATA_LOSS", str(error), retryable=True)
@@ -135,37 +150,45 @@ class PrefillRole(EngineRole):
         if prompt_done and token is not None:
             self.agent.complete(req.rid, token)
 
-    def _push_new_pages(self, handover: Handover, ticket: Ticket, *, prompt_done: bool) -> None:
-        """Seals what this chunk computed, and pushes every page that decode does not hold."""
-        req, page_size = handover.req, self.parts.layout.page_size
+    def _seal_new_pages(self, req: Req, *, prompt_done: bool) -> range:
+        """Extends the request's chain over the pages that this extend made whole (at the prompt's
+        end, over the last one, too), and seals those that it computed. Returns their positions,
+        pages of a cached prefix included: these carry the seal of whoever computed them.
+        """
+        page_size = self.parts.layout.page_size
+        chain = self._chains.setdefault(req.rid, [])
         committed = req.kv_committed_len
-        pages = self.scheduler.request_pages(req)
         stop = -(-committed // page_size) if prompt_done else committed // page_size
-        start = len(handover.chain)
-        if start >= stop:
-            return
+        fresh = range(len(chain), stop)
         ids = req.token_ids(committed)
-        valid: list[int] = []
-        for position in range(start, stop):
-            tokens = ids[position * page_size : (position + 1) * page_size]
-            previous = handover.chain[-1] if handover.chain else b""
-            handover.chain.append(chain_hash(previous, tokens))
-            valid.append(len(tokens))
-        computed = max(start, req.prefix_len // page_size)
-        self._seals.seal(
-            pages[computed:stop], handover.chain[computed:stop], valid[computed - start :]
-        )
-        wanted = range(max(start, ticket.decode_prefix_len // page_size), stop)
+        for position in fresh:
+            previous = chain[-1] if chain else namespace_hash(req.extra_key)
+            chain.append(chain_hash(previous, ids[position * page_size :][:page_size]))
+        computed = range(max(fresh.start, req.prefix_len // page_size), stop)
+        if computed:
+            pages = self.scheduler.request_pages(req)
+            self._seals.seal(
+                [pages[position] for position in computed],
+                [chain[position] for position in computed],
+                [self.parts.layout.valid_tokens(position, committed) for position in computed],
+            )
+        return fresh
+
+    def _push(self, req: Req, ticket: Ticket, fresh: range) -> None:
+        """Hands over the pages that decode does not hold. Raises StaleSourceError."""
+        pages, chain = self.scheduler.request_pages(req), self._chains[req.rid]
+        layout = self.parts.layout
         self.agent.push(
             req.rid,
             [
                 self._seals.source_page(
                     pages[position],
                     position=position,
-                    chain_hash=handover.chain[position],
-                    valid=valid[position - start],
+                    chain_hash=chain[position],
+                    valid=layout.valid_tokens(position, req.kv_committed_len),
                 )
-                for position in wanted
+                for position in fresh
+                if position >= ticket.decode_prefix_len // layout.page_size
             ],
         )
 
@@ -212,6 +235,7 @@ class PrefillRole(EngineRole):
 
     def done(self, rid: RequestId) -> None:
         self._reqs.pop(rid, None)
+        self._chains.pop(rid, None)
         super().done(rid)
 
     # ---- readings -------------------------------------------------------------------------------

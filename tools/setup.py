@@ -111,6 +111,19 @@ def venv_works(venv: Path) -> bool:
     return venv_python(venv).exists() and (venv_python(venv).parent / "baton").exists()
 
 
+def same_python(venv: Path) -> bool:
+    """Whether a working environment of this very Python lies there."""
+    if not venv_works(venv):
+        return False
+    asked = subprocess.run(
+        [str(venv_python(venv)), "-c", "import sys; print(sys.version_info[:3])"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() == str(sys.version_info[:3])
+
+
 def make_venv(venv: Path) -> None:
     say(1, f"making {venv.name} with Python {platform.python_version()}")
     try:
@@ -123,8 +136,9 @@ def make_venv(venv: Path) -> None:
             "(or python3-venv)"
         ) from None
     made = subprocess.run(
-        # --clear: a half-made environment, or one of another Python, must not linger.
-        [sys.executable, "-m", "venv", "--clear", str(venv)],
+        # --clear: a half-made environment, or one of another Python, must not linger. A sound one
+        # stays, so that a change of dependencies does not fetch torch again.
+        [sys.executable, "-m", "venv", *([] if same_python(venv) else ["--clear"]), str(venv)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

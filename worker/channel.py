@@ -6,9 +6,11 @@ outbox. End of file on either end means that the other process is gone.
 """
 
 import asyncio
+import math
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -71,12 +73,23 @@ class EngineChannel:
         self._work = threading.Event()
         self._out_ready = threading.Condition()
         self._closing = False
+        self._hung_at = math.inf
         self._reader = threading.Thread(target=self._read, name="channel-in", daemon=True)
         self._writer = threading.Thread(target=self._write, name="channel-out", daemon=True)
 
     def start(self) -> None:
         self._reader.start()
         self._writer.start()
+
+    def begin_step(self, limit_s: float) -> None:
+        """The scheduler starts a pass: pings stay unanswered if it takes longer than `limit_s`."""
+        self._hung_at = time.monotonic() + limit_s
+
+    def end_step(self) -> None:
+        self._hung_at = math.inf
+
+    def _is_hung(self) -> bool:
+        return time.monotonic() > self._hung_at
 
     def wake(self) -> None:
         """Ends `wait` early: some other source has work for the scheduler."""
@@ -123,8 +136,10 @@ class EngineChannel:
                 break
             message = channel_pb2.FrontToEngine.FromString(payload)
             if message.WhichOneof("kind") == "ping":
-                # Answered here, since the scheduler may be in the middle of a long step.
-                self.send(channel_pb2.EngineToFront(pong=message.ping))
+                # Answered here, since the scheduler may be in the middle of a long step; but one
+                # that takes for ever is a hang, and a hung engine must not look alive.
+                if not self._is_hung():
+                    self.send(channel_pb2.EngineToFront(pong=message.ping))
                 continue
             self._inbox.append(message)
             self._work.set()

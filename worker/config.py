@@ -78,6 +78,10 @@ class WorkerConfig:
     lease_s: float = 30.0
     """Seconds without a sign of life after which a transfer is given up."""
 
+    hang_timeout_s: float = 60.0
+    """Longest one step may take; past it the worker counts as hung and its requests are replayed
+    elsewhere. Seconds; more than the largest chunk needs on this device."""
+
     enable_radix_cache: bool = True
     """Keep the KV of finished prompts for requests that share a prefix."""
 

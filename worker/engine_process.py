@@ -97,12 +97,16 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
             if message.WhichOneof("kind") == "stop":
                 return
             role.handle(message)
+        channel.begin_step(parts.config.hang_timeout_s)
         result = scheduler.step()
+        channel.end_step()
         role.publish(result)
         busy = result.ran or scheduler.has_work()
         if busy:
             role.send_status_if_due()
         elif was_busy:
+            # A page or row that is not accounted for ends the process here, not a request later.
+            scheduler.check_invariant()
             role.send_status()
         was_busy = busy
         if role.draining and role.is_idle():

@@ -7,8 +7,10 @@ knows the other. Every method runs on the scheduler's thread.
 import time
 from abc import abstractmethod
 
-from engine.errors import EngineError
+from engine.errors import EngineError, InvalidRequestError
+from engine.memory.audit import PageCounts
 from engine.sampling_params import SamplingParams
+from engine.scheduler.logprobs import Alternatives
 from engine.scheduler.req import FinishReason, Req
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.step_result import StepResult, TokenOutput
@@ -19,8 +21,11 @@ from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 
 STATUS_INTERVAL_S = 1.0
-"""How often a busy engine tells its front its counts. They are readings, not decisions, and a
-recount looks at every page."""
+"""How often a busy engine tells its front its load. Pages are recounted when somebody asks and when
+the engine falls idle only: a recount of a large pool would stall running requests."""
+
+MAX_TOP_K = 2**63 - 1
+"""What a tensor of it holds."""
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -67,6 +72,8 @@ class EngineRole(SchedulerRole):
         """Requests whose first output from here has not been sent."""
         self._step = 0
         self._last_status = 0.0
+        total = parts.memory.allocator.num_pages
+        self._pages = PageCounts(free=total, cached=0, held=0, in_use=0, total=total)
 
     # ---- messages -------------------------------------------------------------------------------
 
@@ -132,6 +139,19 @@ class EngineRole(SchedulerRole):
         self._unreported.add(rid)
         return rid
 
+    def checked_req(self, request: PlacedRequest) -> Req:
+        """`make_req`, whatever the message holds. Raises InvalidRequestError: values that Python or
+        torch cannot take are the sender's fault, and must not end an engine that serves others.
+        """
+        if request.sampling.top_k > MAX_TOP_K:
+            raise InvalidRequestError(
+                f"request {request.request_id}: top_k {request.sampling.top_k} is above {MAX_TOP_K}"
+            )
+        try:
+            return self.make_req(request)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidRequestError(f"request {request.request_id}: {error}") from error
+
     def make_req(self, request: PlacedRequest) -> Req:
         """Raises InvalidRequestError for sampling that cannot be."""
         sampling = request.sampling
@@ -147,10 +167,21 @@ class EngineRole(SchedulerRole):
                 stop_token_ids=frozenset(sampling.stop_token_ids),
                 ignore_eos=sampling.ignore_eos,
                 logprobs=sampling.logprobs,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty or 1.0,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                logit_bias=dict(sampling.logit_bias),
+                min_tokens=sampling.min_tokens,
+                top_logprobs=sampling.top_logprobs,
+                prompt_logprobs=(
+                    sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+                ),
             ),
             eos_token_ids=self.parts.model_config.eos_token_ids,
             prior_output_ids=request.output_so_far,
             priority=request.priority,
+            extra_key=request.cache_salt,
         )
 
     def report_failure(
@@ -207,7 +238,16 @@ class EngineRole(SchedulerRole):
         token = inference_pb2.Token(index=output.index, id=output.token)
         if output.logprob is not None:
             token.logprob = output.logprob
+        if output.top:
+            token.top.extend(_top_to_proto(output.top))
         answer = worker_pb2.RequestOutput(request_id=request_id, attempt=attempt, tokens=[token])
+        if output.prompt is not None:
+            answer.prompt_tokens.extend(
+                inference_pb2.Token(
+                    index=index, id=token.token, logprob=token.logprob, top=_top_to_proto(token.top)
+                )
+                for index, token in enumerate(output.prompt)
+            )
         if output.finish_reason is not None:
             answer.finish_reason = FINISH_REASONS[output.finish_reason]
             if output.stop_token is not None:
@@ -225,18 +265,21 @@ class EngineRole(SchedulerRole):
         """The scheduler holds nothing of the request any more."""
         self.done(rid)
 
-    def send_status(self, nonce: int = 0) -> None:
+    def send_status(self, nonce: int = 0, *, recount: bool = True) -> None:
+        """`recount` looks at every page; without it the last counts are told again."""
+        if recount:
+            self._pages = self.scheduler.page_counts()
         self._last_status = time.monotonic()
         reply = channel_pb2.StatusReply(nonce=nonce, status=self.status())
         self.parts.channel.send(channel_pb2.EngineToFront(status=reply))
 
     def send_status_if_due(self) -> None:
         if time.monotonic() - self._last_status >= STATUS_INTERVAL_S:
-            self.send_status()
+            self.send_status(recount=False)
 
     def status(self) -> worker_pb2.WorkerStatus:
         scheduler = self.scheduler
-        counts = scheduler.page_counts()
+        counts = self._pages
         rows = self.parts.memory.req_to_token
         slots = self.agent.stats().slots
         return worker_pb2.WorkerStatus(
@@ -261,3 +304,7 @@ class EngineRole(SchedulerRole):
     def is_idle(self) -> bool:
         """Nothing is live: a draining worker may end."""
         return not self.arrivals
+
+
+def _top_to_proto(top: Alternatives) -> list[inference_pb2.TopLogprob]:
+    return [inference_pb2.TopLogprob(id=id, logprob=logprob) for id, logprob in top]

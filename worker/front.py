@@ -5,7 +5,6 @@ that answers find their way back and a lost router's requests are aborted.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -35,7 +34,10 @@ SERVICE_NAME = "baton.v1.Worker"
 STATUS_TIMEOUT_S = 2.0
 DRAIN_LIMIT_S = 60.0
 """Longest a draining worker waits for its requests before it ends them."""
+DEAD_GRACE_S = 0.5
+"""Longest the front of a dead engine tries to take its leave of the router."""
 MAX_MESSAGE_BYTES = 64 << 20
+HANDSHAKE_TIMEOUT_MS = 10_000
 
 
 class FrontRole(Protocol):
@@ -43,6 +45,8 @@ class FrontRole(Protocol):
 
     engine_module: str
     role: inference_pb2.WorkerRole
+    takes: str
+    """The kind of RouterMessage that brings this role a request."""
 
     def attach(self, front: "WorkerFront", server: grpc.aio.Server) -> list[str]:
         """Called once before the server starts; returns the names of services added."""
@@ -105,6 +109,8 @@ class WorkerFront:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
+                # Whoever connects and does not speak gRPC is cut off; the default is 120 s.
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
             ]
         )
         checks = HealthServicer()
@@ -140,10 +146,12 @@ class WorkerFront:
         died = pump.done()
         if died:
             logger.error("the engine process died: this worker ends with it")
+            for session in list(self._sessions):
+                session.break_off("the engine process died")
         for task in (registration, draining):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await registration
+        # Leaving the list is a courtesy: a dead engine's front must be gone within a second.
+        await asyncio.wait({registration}, timeout=DEAD_GRACE_S if died else None)
         for session in list(self._sessions):
             session.close()
         await self.role.close()
@@ -205,6 +213,7 @@ class WorkerFront:
 
     def on_session_closed(self, session: RouterSession) -> None:
         self._sessions.discard(session)
+        self._pings = {n: asked for n, asked in self._pings.items() if asked[0] is not session}
         for (request_id, attempt), owner in list(self._owners.items()):
             if owner is session:
                 self._abort(request_id, attempt, "the router's session ended")
@@ -214,9 +223,11 @@ class WorkerFront:
         if kind in ("reserve", "prefill", "generate"):
             self._accept(session, message, kind)
         elif kind == "ticket":
-            self.engine.send(channel_pb2.FrontToEngine(ticket=message.ticket))
+            if self._owns(session, message.ticket):
+                self.engine.send(channel_pb2.FrontToEngine(ticket=message.ticket))
         elif kind == "abort":
-            self._abort(message.abort.request_id, message.abort.attempt, message.abort.reason)
+            if self._owns(session, message.abort):
+                self._abort(message.abort.request_id, message.abort.attempt, message.abort.reason)
         elif kind == "peers":
             self.role.on_peers(message.peers)
         elif kind == "ping":
@@ -225,12 +236,26 @@ class WorkerFront:
             self._pings[nonce] = (session, message.ping.nonce)
             self.engine.send(channel_pb2.FrontToEngine(ping=nonce))
 
+    def _owns(
+        self, session: RouterSession, work: worker_pb2.TicketForPrefill | worker_pb2.AbortWork
+    ) -> bool:
+        """A router speaks of its own requests only: another's may bear the same id."""
+        return self._owners.get((work.request_id, work.attempt)) is session
+
     def _accept(self, session: RouterSession, message: worker_pb2.RouterMessage, kind: str) -> None:
         request = getattr(message, kind)
         key = (request.request_id, request.attempt)
         if key in self._owners:
             self._refuse(
                 session, key, worker_pb2.ERROR_CODE_ALREADY_EXISTS, "is live already", False
+            )
+        elif kind != self.role.takes:
+            self._refuse(
+                session,
+                key,
+                worker_pb2.ERROR_CODE_FAILED_PRECONDITION,
+                f"came as {kind}; this worker takes {self.role.takes}",
+                False,
             )
         elif self._draining.is_set():
             self._refuse(
@@ -335,11 +360,11 @@ class WorkerFront:
     def to_engine(self, message: channel_pb2.FrontToEngine) -> None:
         self.engine.send(message)
 
-    def report_peer(self, state: worker_pb2.PeerState) -> None:
-        """Tells every router whether KV can flow to that peer. What is, or was refused, is
-        remembered for routers that come later; what was lost is not.
+    def report_peer(self, state: worker_pb2.PeerState, *, remember: bool = False) -> None:
+        """Tells every router whether KV can flow to that peer. `remember` keeps it for routers
+        that come later: what is connected, or was refused, but not what was lost.
         """
-        if state.connected or not state.transport:
+        if remember:
             self._peer_states[state.instance_id] = state
         else:
             self._peer_states.pop(state.instance_id, None)

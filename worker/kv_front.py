@@ -6,9 +6,9 @@ nothing.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
+from pathlib import Path
 from typing import Protocol
 
 from kvtransfer.orders import WriteOrder
@@ -22,7 +22,7 @@ class FrontLink(Protocol):
 
     def to_engine(self, message: channel_pb2.FrontToEngine) -> None: ...
 
-    def report_peer(self, state: worker_pb2.PeerState) -> None: ...
+    def report_peer(self, state: worker_pb2.PeerState, *, remember: bool = False) -> None: ...
 
 
 class DeathWatch:
@@ -36,11 +36,15 @@ class DeathWatch:
         self.forget(peer)
         if not hasattr(os, "pidfd_open"):
             return
-        with contextlib.suppress(OSError):
+        try:
             pidfd = os.pidfd_open(pid)
-            self._pidfds[peer] = pidfd
-            loop = asyncio.get_running_loop()
-            loop.add_reader(pidfd, self._on_exit, peer, link)
+        except ProcessLookupError:
+            self._on_exit(peer, link)
+            return
+        except OSError:
+            return
+        self._pidfds[peer] = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._on_exit, peer, link)
 
     def _on_exit(self, peer: str, link: FrontLink) -> None:
         self.forget(peer)
@@ -48,6 +52,10 @@ class DeathWatch:
             instance_id=peer, reason=f"the engine of {peer} has exited", proven_dead=True
         )
         link.to_engine(channel_pb2.FrontToEngine(peer_gone=gone))
+        # The session may live on for a moment: no request should be sent on its way meanwhile.
+        link.report_peer(
+            worker_pb2.PeerState(instance_id=peer, connected=False, reason=gone.reason)
+        )
 
     def forget(self, peer: str) -> None:
         pidfd = self._pidfds.pop(peer, None)
@@ -111,7 +119,7 @@ class KvFront:
             transport=self.transport_of(peer),
             reason=reason,
         )
-        self._link.report_peer(state)
+        self._link.report_peer(state, remember=connected)
 
     def close(self) -> None:
         self._deaths.close()
@@ -127,8 +135,12 @@ def write_order(message: channel_pb2.KvWrite) -> WriteOrder:
 
 
 def pid_namespace() -> str:
-    """Names this process's PID namespace; empty where the system has none."""
+    """Names this process's PID namespace on this boot of this host; empty where that is unknown.
+
+    The namespace's own number is no name: the initial one is the same on every host.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""

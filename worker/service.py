@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 import grpc
@@ -12,9 +14,16 @@ from protos.version import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
+Write = Callable[[worker_pb2.WorkerMessage], Awaitable[None]]
+
 MAX_SESSION_BACKLOG = 65_536
-"""Messages that wait for a router that does not read. Past it the session is closed, which aborts
-its requests: memory stays bounded and no token is dropped quietly."""
+"""Messages that wait for a router that does not read. Past it the session is broken off, which
+aborts its requests: memory stays bounded and no token is dropped quietly."""
+
+ROUTER_SILENCE_S = 20.0
+"""A router pings every half second. One that says nothing for so long has lost its host or stands
+still; its requests end, or a machine that vanished without a word would keep their pages for ever.
+"""
 
 
 class RouterSession:
@@ -22,23 +31,50 @@ class RouterSession:
 
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
-        self._queue: asyncio.Queue[worker_pb2.WorkerMessage | None] = asyncio.Queue()
+        self.last_heard = time.monotonic()
+        """When the router last said something. Seconds, monotonic."""
+        self._queue: deque[worker_pb2.WorkerMessage] = deque()
+        self._ready = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._closing = False
+        self._reason = ""
 
     def send(self, message: worker_pb2.WorkerMessage) -> None:
-        """Queues a message; never waits."""
-        if self._queue.qsize() >= MAX_SESSION_BACKLOG:
-            logger.error("router %s does not read its session: closing it", self.router_id)
-            self.close()
+        """Queues a message; never waits. Dropped once the session is closing."""
+        if self._closing:
             return
-        self._queue.put_nowait(message)
+        if len(self._queue) >= MAX_SESSION_BACKLOG:
+            self.break_off(f"{len(self._queue)} messages wait for a router that does not read")
+            return
+        self._queue.append(message)
+        self._ready.set()
 
     def close(self) -> None:
         """Ends the stream after what is queued."""
-        self._queue.put_nowait(None)
+        self._closing = True
+        self._ready.set()
 
-    async def messages(self) -> AsyncIterator[worker_pb2.WorkerMessage]:
-        while (message := await self._queue.get()) is not None:
-            yield message
+    def break_off(self, reason: str) -> None:
+        """Ends the stream now, also where a write is stuck; what is queued is dropped."""
+        self._reason = self._reason or reason
+        self._queue.clear()
+        self.close()
+        self._broken.set()
+
+    async def transmit(self, write: Write) -> str:
+        """Writes what is queued until `close`; why it ended."""
+        while True:
+            while self._queue:
+                await write(self._queue.popleft())
+            if self._closing:
+                return "it was closed"
+            self._ready.clear()
+            await self._ready.wait()
+
+    async def until_broken(self) -> str:
+        """Returns why, once `break_off` was called."""
+        await self._broken.wait()
+        return self._reason
 
 
 class FrontHandler(Protocol):
@@ -66,14 +102,16 @@ class FrontHandler(Protocol):
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Translates between gRPC and the front's handler; keeps no state of its own."""
 
-    def __init__(self, front: FrontHandler) -> None:
+    def __init__(self, front: FrontHandler, *, silence_s: float = ROUTER_SILENCE_S) -> None:
+        """`silence_s`: a router that says nothing for so long is gone."""
         self._front = front
+        self._silence_s = silence_s
 
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.RouterMessage],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[worker_pb2.WorkerMessage]:
+    ) -> None:
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("kind") != "hello":
             await context.abort(
@@ -92,27 +130,53 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 f"instance {first.hello.instance_id} is gone; this is {self._front.instance_id}",
             )
         session = RouterSession(first.hello.router_id)
-        yield worker_pb2.WorkerMessage(hello=self._front.on_session_opened(session))
-        reader = asyncio.create_task(self._read(session, request_iterator))
+        hello = self._front.on_session_opened(session)
+        # The session ends with the first of these, and its requests end with it, at once: that must
+        # not wait for a write that is stuck, nor for the garbage collector to close a generator.
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                self._read(session, request_iterator),
+                self._transmit(session, hello, context.write),
+                self._watch(session),
+                session.until_broken(),
+            )
+        ]
         try:
-            async for message in session.messages():
-                yield message
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            logger.info("the session of router %s ends: %s", session.router_id, _reason(done))
         finally:
-            reader.cancel()
+            for task in tasks:
+                task.cancel()
+            session.close()
             self._front.on_session_closed(session)
+
+    async def _transmit(
+        self, session: RouterSession, hello: worker_pb2.WorkerHello, write: Write
+    ) -> str:
+        await write(worker_pb2.WorkerMessage(hello=hello))
+        return await session.transmit(write)
 
     async def _read(
         self,
         session: RouterSession,
         requests: AsyncIterator[worker_pb2.RouterMessage],
-    ) -> None:
-        try:
-            async for message in requests:
-                self._front.on_router_message(session, message)
-        except grpc.RpcError as error:
-            logger.info("session of router %s broke: %s", session.router_id, error)
-        finally:
-            session.close()
+    ) -> str:
+        async for message in requests:
+            session.last_heard = time.monotonic()
+            self._front.on_router_message(session, message)
+        return "the router closed it"
+
+    async def _watch(self, session: RouterSession) -> str:
+        interval_s = self._silence_s / 4
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(interval_s)
+            now = time.monotonic()
+            # Time for which this process itself stood still is not the router's silence.
+            session.last_heard += max(0.0, now - before - 2 * interval_s)
+            if now - session.last_heard > self._silence_s:
+                return f"nothing was heard for {now - session.last_heard:.1f} s"
 
     async def GetStatus(
         self,
@@ -132,3 +196,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.DrainResponse:
         self._front.drain()
         return worker_pb2.DrainResponse()
+
+
+def _reason(done: set[asyncio.Task[str]]) -> str:
+    task = next(iter(done))
+    error = None if task.cancelled() else task.exception()
+    return repr(error) if error is not None else task.result()
