@@ -5,14 +5,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_config
 from tests.e2e.cluster import Cluster, running_cluster
+
+SLOW_CONTEXT = 4096
+"""Longest prompt + output of `slow_llama`. Tokens."""
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with grouped-query attention and a context of 1,024."""
     return write_checkpoint(tmp_path_factory.mktemp("llama"), "llama-gqa", seed=1)
+
+
+@pytest.fixture(scope="session")
+def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose steps take milliseconds, for what must happen in the middle of one."""
+    from transformers import LlamaConfig
+
+    directory = tmp_path_factory.mktemp("slow")
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=SLOW_CONTEXT,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    write_config(directory, config)
+    return directory
 
 
 @pytest.fixture(scope="module")

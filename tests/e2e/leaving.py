@@ -117,8 +117,12 @@ def abort_rpc(cluster: Cluster, request_id: str, prompt: list[int], max_tokens: 
     def leave() -> None:
         with grpc.insecure_channel(cluster.grpc) as other:
             stub = inference_pb2_grpc.InferenceStub(other)
-            answer = stub.Abort(inference_pb2.AbortRequest(request_id=request_id), timeout=5.0)
-        assert answer.found
+            abort = inference_pb2.AbortRequest(request_id=request_id)
+            # Another connection: the request itself may still be on its way.
+            limit = time.monotonic() + 2.0
+            while not stub.Abort(abort, timeout=5.0).found:
+                assert time.monotonic() < limit, "the request is unknown"
+                time.sleep(0.005)
         reasons = [response.finish_reason for response in call]
         assert reasons[-1] == inference_pb2.FINISH_REASON_ABORT
         channel.close()

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import httpx
 import pytest
 
-from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from protos.baton.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from tests.checkpoints import random_prompt
 from tests.e2e.cluster import Cluster, running_cluster
@@ -22,6 +23,8 @@ from tests.e2e.leaving import WAYS, post
 from tests.e2e.worker_status import footprints, wait_for, wait_until_free
 
 BOUND_S = 1.0
+QUEUE = 64
+"""Most requests of the router, and most that wait at a worker."""
 CHURN = 300
 ABORTED = 0.3
 SPARE_FILES = 8
@@ -41,7 +44,7 @@ def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         "--write-timeout-s", str(BOUND_S),
         "--send-buffer-bytes", "4096",
         "--max-buffered-tokens", "200",
-        "--max-queued-requests", "64",
+        "--max-queued-requests", str(QUEUE),
     )  # fmt: skip
     with running_cluster(llama, tmp_path_factory.mktemp("bounds"), *flags) as running:
         yield running
@@ -201,37 +204,112 @@ NONSENSE: dict[str, dict[str, object]] = {
     "top_p no number": {"sampling": {**SANE, "top_p": float("nan")}},
     "top_k of 64 bits": {"sampling": {**SANE, "top_k": MAX_64}},
     "longer than the context": {"prompt_ids": [5] * 5000},
+    "min_p no number": {"sampling": {**SANE, "min_p": float("nan")}},
+    "repetition penalty negative": {"sampling": {**SANE, "repetition_penalty": -1.0}},
+    "presence penalty infinite": {"sampling": {**SANE, "presence_penalty": float("inf")}},
+    "frequency penalty no number": {"sampling": {**SANE, "frequency_penalty": float("nan")}},
+    "bias of an unknown token": {"sampling": {**SANE, "logit_bias": {MAX_64: 1.0}}},
+    "bias no number": {"sampling": {**SANE, "logit_bias": {5: float("nan")}}},
+    "top logprobs of 64 bits": {"sampling": {**SANE, "logprobs": True, "top_logprobs": MAX_64}},
+    "min_tokens of 64 bits": {"sampling": {**SANE, "min_tokens": MAX_64}},
+    "prompt logprobs of 64 bits": {"sampling": {**SANE, "prompt_logprobs": MAX_64}},
 }
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_answers_nonsense_with_a_failure_and_lives(cluster: Cluster, role: str) -> None:
     worker = cluster.worker(role)
-    messages = [_hello(worker["id"])]
+    messages = []
     for number, (case, change) in enumerate(NONSENSE.items()):
         fields = {"prompt_ids": [5, 6], "sampling": SANE, "attempt": MAX_64 - number, **change}
         messages.append(_request(role, case, fields))
     other = "reserve" if role == "prefill" else "prefill"
     messages.append(_request("decode" if role == "prefill" else "prefill", other, {"attempt": 1}))
-    with grpc.insecure_channel(worker["address"]) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        done = threading.Event()
-
-        def said() -> Iterator[worker_pb2.RouterMessage]:
-            yield from messages
-            done.wait(30.0)
-
-        failed: dict[str, worker_pb2.WorkFailed] = {}
-        for message in stub.Session(said()):
-            if message.WhichOneof("kind") == "failed":
-                failed[message.failed.request_id] = message.failed
-                if len(failed) == len(NONSENSE) + 1:
-                    break
-        done.set()
+    failed = _failures(worker, messages, len(messages))
     assert failed.keys() == {*NONSENSE, other}
     assert not any(answer.retryable for answer in failed.values())
     assert cluster.worker(role)["engine_pids"] == worker["engine_pids"]
     _expect_service(cluster)
+
+
+def test_a_ticket_for_another_request_ends_the_one_it_came_for(cluster: Cluster) -> None:
+    ticket = worker_pb2.TicketForPrefill(
+        request_id="one", attempt=1, ticket=kv_pb2.Ticket(request_id="two#1")
+    )
+    messages = [
+        _request("prefill", "one", {"prompt_ids": [5], "sampling": SANE, "attempt": 1}),
+        worker_pb2.RouterMessage(ticket=ticket),
+    ]
+    assert "two#1" in _failures(cluster.worker("prefill"), messages, 1)["one"].error.message
+    wait_until_free(cluster, within_s=1.0)
+    _expect_service(cluster)
+
+
+def test_requests_that_wait_for_their_ticket_are_bounded(cluster: Cluster) -> None:
+    fields = {"prompt_ids": [5], "sampling": SANE, "attempt": 1}
+    messages = [_request("prefill", f"r{n}", fields) for n in range(QUEUE + 6)]
+    failed = _failures(cluster.worker("prefill"), messages, 6)
+    assert failed.keys() == {f"r{QUEUE + n}" for n in range(6)}
+    assert all(answer.retryable for answer in failed.values())
+    codes = {answer.error.code for answer in failed.values()}
+    assert codes == {worker_pb2.ERROR_CODE_RESOURCE_EXHAUSTED}
+    wait_until_free(cluster, within_s=1.0)
+    _expect_service(cluster)
+
+
+def _failures(
+    worker: dict[str, Any], messages: list[worker_pb2.RouterMessage], count: int
+) -> dict[str, worker_pb2.WorkFailed]:
+    """Says these things in a session of our own, and returns the first `count` failures by id."""
+    done = threading.Event()
+
+    def said() -> Iterator[worker_pb2.RouterMessage]:
+        yield _hello(worker["id"])
+        yield from messages
+        done.wait(30.0)
+
+    failed: dict[str, worker_pb2.WorkFailed] = {}
+    with grpc.insecure_channel(worker["address"]) as channel:
+        for message in worker_pb2_grpc.WorkerStub(channel).Session(said(), timeout=20.0):
+            if message.WhichOneof("kind") == "failed":
+                failed[message.failed.request_id] = message.failed
+                if len(failed) == count:
+                    break
+        done.set()
+    return failed
+
+
+ODD: dict[str, dict[str, object]] = {
+    "hardly any temperature": {"temperature": 1e-310},
+    "a temperature beyond float32": {"temperature": 1e300},
+    "hardly any top_p": {"temperature": 1, "top_p": 1e-310},
+    "all tokens and more": {"temperature": 1, "top_k": 2**63 - 1},
+    "the largest seed": {"temperature": 1, "seed": MAX_64},
+    "the least priority": {"priority": 2**63 - 1},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_values_that_are_allowed_are_served_or_refused_by_name(
+    cluster: Cluster, case: str
+) -> None:
+    engines = [worker["engine_pids"] for worker in cluster.workers()]
+    answer = cluster.complete(prompt=[5, 6], max_tokens=3, ignore_eos=True, **ODD[case])
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"] in ODD[case]
+    else:
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 3
+    assert [worker["engine_pids"] for worker in cluster.workers()] == engines
+    _expect_service(cluster)
+
+
+def test_hardly_any_temperature_is_greedy(cluster: Cluster) -> None:
+    asked = {"prompt": [5, 6], "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+    answers = [cluster.complete(**asked, temperature=t, seed=1).json() for t in (0, 1e-310, 1e-30)]
+    greedy, *others = [answer["choices"][0]["token_ids"] for answer in answers]
+    assert others == [greedy, greedy]
+    cluster.wait_until_balanced()
 
 
 def _hello(instance_id: str) -> worker_pb2.RouterMessage:
@@ -295,15 +373,20 @@ def test_a_router_cannot_end_the_requests_of_another(cluster: Cluster) -> None:
 def test_a_burst_is_bounded_and_what_was_taken_is_served(cluster: Cluster) -> None:
     answers: list[httpx.Response] = []
 
-    def ask() -> None:
-        answers.append(cluster.complete(prompt=[5], max_tokens=60, ignore_eos=True))
+    body = {"prompt": [5], "max_tokens": 60, "ignore_eos": True}
+    limits = httpx.Limits(max_connections=200)
+    with httpx.Client(base_url=cluster.http, timeout=60.0, limits=limits) as client:
 
-    threads = [threading.Thread(target=ask) for _ in range(120)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        def ask() -> None:
+            answers.append(client.post("/v1/completions", json=body))
+
+        threads = [threading.Thread(target=ask) for _ in range(120)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 120
     assert {answer.status_code for answer in answers} <= {200, 429}
-    assert sum(answer.status_code == 200 for answer in answers) >= 64
+    assert sum(answer.status_code == 200 for answer in answers) >= QUEUE
     assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
     _expect_service(cluster)

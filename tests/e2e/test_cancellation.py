@@ -6,6 +6,8 @@ a prompt takes seconds in chunks of a page, and a request that cannot have decod
 the one that holds it.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -15,69 +17,71 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import random_prompt, write_config
+from tests.checkpoints import random_prompt
 from tests.e2e.cluster import Cluster, running_cluster
+from tests.e2e.conftest import SLOW_CONTEXT
 from tests.e2e.leaving import WAYS, Visitor, grpc_cancel
 from tests.e2e.worker_status import Probe, wait_for, wait_until_free
 
 LIMIT_S = 1.0
 """The promise: this long after the client has gone, nothing of its request is left."""
 
-CONTEXT = 4096
+CONTEXT = SLOW_CONTEXT
 LONG = 3000
 """Tokens of a prompt that keeps prefill busy for a while, in chunks of 16."""
 
 NAMES = itertools.count(1)
 
 
-@pytest.fixture(scope="module")
-def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig
-
-    directory = tmp_path_factory.mktemp("slow")
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    write_config(directory, config)
-    return directory
+StartCluster = Callable[[str], tuple[Cluster, Probe]]
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    slow_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Cluster]:
+def start(slow_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCluster]:
+    """Starts a cluster of that transport, once."""
     flags = (
-        "--transport", request.param,
         "--page-size", "16",
         "--chunked-prefill-size", "16",
         "--max-total-tokens", str(CONTEXT),
         "--landing-slots", "16",
     )  # fmt: skip
-    with running_cluster(slow_llama, tmp_path_factory.mktemp("cancel"), *flags) as running:
-        yield running
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def made(transport: str) -> tuple[Cluster, Probe]:
+            directory = tmp_path_factory.mktemp(transport)
+            cluster = stack.enter_context(
+                running_cluster(slow_llama, directory, "--transport", transport, *flags)
+            )
+            return cluster, stack.enter_context(contextlib.closing(Probe(cluster)))
+
+        yield made
 
 
-@pytest.fixture(scope="module")
-def probe(cluster: Cluster) -> Iterator[Probe]:
-    made = Probe(cluster)
-    yield made
-    made.close()
+@pytest.fixture
+def cluster(start: StartCluster, transport: str) -> Cluster:
+    return start(transport)[0]
+
+
+@pytest.fixture
+def probe(start: StartCluster, transport: str) -> Probe:
+    return start(transport)[1]
 
 
 every_way = pytest.mark.parametrize(
-    ("cluster", "way"),
+    ("transport", "way"),
     [("grpc", way) for way in WAYS] + [("nixl", "http stream"), ("nixl", "grpc cancel")],
-    indirect=["cluster"],
-    scope="module",
 )
+
+
+@contextlib.contextmanager
+def _occupied(cluster: Cluster, length: int, max_tokens: int) -> Iterator[None]:
+    """Somebody else's request runs meanwhile."""
+    other = grpc_cancel(cluster, f"other-{next(NAMES)}", _fresh(length), max_tokens)
+    try:
+        yield
+    finally:
+        other.leave()
 
 
 def _fresh(length: int) -> list[int]:
@@ -112,33 +116,31 @@ def _expect_free_and_serving(cluster: Cluster) -> None:
 @every_way
 def test_while_decode_has_no_memory_for_it(cluster: Cluster, probe: Probe, way: str) -> None:
     """The reservation waits at decode, and the request for its ticket at prefill."""
-    hog = grpc_cancel(cluster, f"hog-{next(NAMES)}", _fresh(20), CONTEXT - 20)
-    wait_for(lambda: probe.decode().running == 1, "the hog's decode")
-    visitor = _visit(cluster, way, 3900, 100, lambda: probe.decode().waiting == 1)
-    prefill = probe.prefill()
-    assert (prefill.waiting, prefill.pages.in_use) == (1, 0)
-    visitor.leave()
-    wait_for(lambda: probe.decode().waiting == 0, "its end", within_s=LIMIT_S)
-    wait_for(lambda: probe.prefill().waiting == 0, "its end", within_s=LIMIT_S)
-    assert probe.decode().running == 1
-    hog.leave()
+
+    def waits() -> bool:
+        prefill = probe.prefill()
+        return probe.decode().waiting == 1 and (prefill.waiting, prefill.pages.in_use) == (1, 0)
+
+    with _occupied(cluster, 20, CONTEXT - 20):
+        wait_for(lambda: probe.decode().running == 1, "the other's decode")
+        _visit(cluster, way, 3900, 100, waits).leave()
+        wait_for(lambda: probe.decode().waiting == 0, "its end", within_s=LIMIT_S)
+        wait_for(lambda: probe.prefill().waiting == 0, "its end", within_s=LIMIT_S)
+        assert probe.decode().running == 1
     _expect_free_and_serving(cluster)
 
 
 @every_way
 def test_while_it_queues_at_prefill(cluster: Cluster, probe: Probe, way: str) -> None:
-    ahead = grpc_cancel(cluster, f"ahead-{next(NAMES)}", _fresh(LONG), 2)
-    wait_for(lambda: probe.prefill().pages.in_use > 0, "a prefill ahead")
-
     def queued() -> bool:
         status = probe.prefill()
         return (status.transferring, status.waiting) == (2, 2)
 
-    visitor = _visit(cluster, way, 500, 50, queued)
-    visitor.leave()
-    wait_for(lambda: probe.prefill().waiting <= 1, "its end", within_s=LIMIT_S)
-    wait_for(lambda: probe.decode().transferring <= 1, "its end", within_s=LIMIT_S)
-    ahead.leave()
+    with _occupied(cluster, LONG, 2):
+        wait_for(lambda: probe.prefill().pages.in_use > 0, "a prefill ahead")
+        _visit(cluster, way, 500, 50, queued).leave()
+        wait_for(lambda: probe.prefill().waiting <= 1, "its end", within_s=LIMIT_S)
+        wait_for(lambda: probe.decode().transferring <= 1, "its end", within_s=LIMIT_S)
     _expect_free_and_serving(cluster)
 
 
