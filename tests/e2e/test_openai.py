@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baton import Client
 from tests.e2e.cluster import Cluster, running_cluster
@@ -37,6 +40,33 @@ def model(cluster: Cluster) -> str:
         (card,) = made.models.list().data
         assert made.models.retrieve(card.id) == card
     return card.id
+
+
+def test_the_embedded_model_answers_in_whole_characters_and_ends_its_turn(
+    client: openai.OpenAI, model: str
+) -> None:
+    """Characters of several tokens, and a real end of sequence, equal to transformers' own."""
+    messages = [{"role": "user", "content": "Say hello in Japanese."}]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        out = reference.generate(**ids, max_new_tokens=40, do_sample=False)
+    text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    asked: Any = {"model": model, "messages": messages, "max_tokens": 40, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].finish_reason == "stop"
+    assert any(ord(character) > 0x3000 for character in text)
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if chunk.choices
+    ]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_completion_is_the_same_whole_streamed_and_over_grpc(
