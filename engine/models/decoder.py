@@ -1,6 +1,6 @@
 """The decoder of the Llama family; Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -20,6 +20,15 @@ class Attention(Protocol):
     def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Attention of q [t, heads, head_dim] over the cached KV: [t, heads * head_dim]."""
         ...
+
+
+class BetweenLayers(NamedTuple):
+    """A step's state between two layers."""
+
+    hidden: torch.Tensor | None
+    """[t, hidden]; not yet added to the residual stream. None before the first layer."""
+    residual: torch.Tensor
+    """[t, hidden]."""
 
 
 class Decoder:
@@ -56,29 +65,60 @@ class Decoder:
         `input_ids` and `positions` are [t] int64; `kv_rows` = kv_pool.rows(out_cache_loc) receives
         each token's KV before attention reads it.
         """
+        state = self.run_layers(
+            range(len(self.weights.layers)),
+            self.embed(input_ids),
+            positions,
+            kv_rows,
+            kv_pool,
+            attention,
+        )
+        return self.hidden_states(state, last_tokens)
+
+    def embed(self, input_ids: torch.Tensor) -> BetweenLayers:
+        """What the first layer reads, for `input_ids` [t] int64."""
+        return BetweenLayers(None, functional.embedding(input_ids, self.weights.embedding))
+
+    def run_layers(
+        self,
+        layers: range,
+        state: BetweenLayers,
+        positions: torch.Tensor,
+        kv_rows: torch.Tensor,
+        kv_pool: PageMajorKVPool,
+        attention: Attention,
+    ) -> BetweenLayers:
+        """Some layers of `forward`, in order; other steps may run before the next ones do. `state`
+        is what the layer before them left, and is used up."""
         ops, eps = self._ops, self.config.rms_norm_eps
         rotation = ops.rotation(positions)
-        residual = functional.embedding(input_ids, self.weights.embedding)
-        hidden: torch.Tensor | None = None
-        for index, layer in enumerate(self.weights.layers):
+        hidden, residual = state
+        for index in layers:
+            layer = self.weights.layers[index]
             if hidden is None:
                 normed = ops.rms_norm(residual, layer.input_norm, eps)
             else:
                 normed, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
             hidden = self._attend(index, layer, normed, rotation, kv_rows, kv_pool, attention)
             normed, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
-            gate_up = functional.linear(normed, layer.gate_up, layer.gate_up_bias)
-            hidden = functional.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
+            gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
+            hidden = ops.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
+        return BetweenLayers(hidden, residual)
+
+    def hidden_states(self, state: BetweenLayers, last_tokens: torch.Tensor | None) -> torch.Tensor:
+        """As `forward`, for what the last layer left."""
+        hidden, residual = state
         if hidden is None:
             raise ValueError("a decoder needs at least one layer")
         if last_tokens is not None:
             hidden = hidden.index_select(0, last_tokens)
             residual = residual.index_select(0, last_tokens)
-        return ops.add_rms_norm(hidden, residual, self.weights.final_norm, eps)[0]
+        eps = self.config.rms_norm_eps
+        return self._ops.add_rms_norm(hidden, residual, self.weights.final_norm, eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, vocab] float32 for hidden states [b, hidden]."""
-        return functional.linear(hidden, self.weights.output).float()
+        return self._ops.linear(hidden, self.weights.output).float()
 
     def _attend(
         self,
@@ -91,15 +131,16 @@ class Decoder:
         attention: Attention,
     ) -> torch.Tensor:
         config, ops = self.config, self._ops
-        qkv = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
         qkv = qkv.view(qkv.shape[0], -1, config.head_dim)
-        qk, v = qkv[:, : self._num_qk_heads], qkv[:, self._num_qk_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk = ops.qk_norm(qk, config.num_heads, layer.q_norm, layer.k_norm, config.rms_norm_eps)
-        qk = ops.rotate(qk, config.num_heads, rotation)
-        kv_pool.write_rows(index, kv_rows, qk[:, config.num_heads :], v)
-        attended = attention.run(index, qk[:, : config.num_heads])
-        return functional.linear(attended, layer.o, layer.o_bias)
+            eps, qk = config.rms_norm_eps, qkv[:, : self._num_qk_heads]
+            normed_qk = ops.qk_norm(qk, config.num_heads, layer.q_norm, layer.k_norm, eps)
+            if normed_qk is not qk:
+                qkv = torch.cat((normed_qk, qkv[:, self._num_qk_heads :]), dim=1)
+        q = ops.rotate_and_store(qkv, config.num_heads, rotation, kv_pool, index, kv_rows)
+        attended = attention.run(index, q)
+        return ops.linear(attended, layer.o, layer.o_bias)
 
 
 def load_decoder(

@@ -5,6 +5,15 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch.nn import functional
+
+from engine.memory.kv_pool import PageMajorKVPool
+from engine.models.rotary_store import (
+    can_rotate_and_store,
+    rotate_and_store,
+    triton_installed,
+)
+from engine.models.single_row import single_row_linear
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 """What FlashInfer's kernels are built for."""
@@ -33,6 +42,8 @@ class FusedOps:
         self._rotate = library.apply_rope_with_cos_sin_cache_inplace
         self._silu_and_mul = library.silu_and_mul
         self._table = cos_sin_table
+        self._triton = triton_installed()
+        self._stores = can_rotate_and_store(cos_sin_table.shape[-1])
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (positions,)
@@ -71,6 +82,30 @@ class FusedOps:
         self._rotate(rotation[0], q, k, head_dim, self._table, is_neox=True)
         return qk
 
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        rotation: tuple[torch.Tensor, ...],
+        kv_pool: PageMajorKVPool,
+        layer: int,
+        kv_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        if self._stores:
+            rotate_and_store(qkv, num_heads, rotation[0], self._table, kv_pool, layer, kv_rows)
+        else:
+            num_qk_heads = qkv.shape[1] - kv_pool.num_kv_heads
+            qk = self.rotate(qkv[:, :num_qk_heads], num_heads, rotation)
+            kv_pool.write_rows(layer, kv_rows, qk[:, num_heads:], qkv[:, num_qk_heads:])
+        return qkv[:, :num_heads]
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._silu_and_mul(gate_up)
         return result
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self._triton and x.shape[0] == 1:
+            return single_row_linear(x, weight, bias)
+        return functional.linear(x, weight, bias)

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from engine.memory.kv_pool import PageMajorKVPool
+
 
 class Ops(Protocol):
     """Every method may overwrite the activations it is given: use what it returns."""
@@ -45,9 +47,34 @@ class Ops(Protocol):
         dimension i + head_dim / 2."""
         ...
 
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        rotation: tuple[torch.Tensor, ...],
+        kv_pool: PageMajorKVPool,
+        layer: int,
+        kv_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotates queries and keys of qkv [t, num_heads + 2 * kv_heads, head_dim] (see `rotate`),
+        stores keys and values at `kv_rows` (see PageMajorKVPool.write_rows), and returns the
+        queries [t, num_heads, head_dim]."""
+        ...
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up for gate_up [t, 2 * n], gate first: [t, n]."""
         ...
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x @ weight.T + bias for x [t, k], weight [n, k] and bias [n]: [t, n]."""
+        ...
+
+
+_FEW_ROWS = range(2, 65)
+"""Where one product, written weight first, takes a CPU's library half the time of `linear` (AMD
+EPYC, MKL 2024.2, fp32: 4.1 for 14 ms at 4 rows, 6.2 for 11.8 at 16, 12 for 21 at 64)."""
 
 
 class TorchOps:
@@ -96,6 +123,28 @@ class TorchOps:
         swapped = full.roll(full.shape[-1] // 2, dims=-1)
         return (full * cos).addcmul_(swapped, sin).to(qk.dtype)
 
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        rotation: tuple[torch.Tensor, ...],
+        kv_pool: PageMajorKVPool,
+        layer: int,
+        kv_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        num_qk_heads = qkv.shape[1] - kv_pool.num_kv_heads
+        qk = self.rotate(qkv[:, :num_qk_heads], num_heads, rotation)
+        kv_pool.write_rows(layer, kv_rows, qk[:, num_heads:], qkv[:, num_qk_heads:])
+        return qk[:, :num_heads]
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if x.shape[0] in _FEW_ROWS and not x.is_cuda:
+            product = torch.mm(weight, x.t()).t().contiguous()
+            return product if bias is None else product.add_(bias)
+        return functional.linear(x, weight, bias)

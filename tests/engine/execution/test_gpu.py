@@ -13,6 +13,10 @@ from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder, load_decoder
+from engine.models.ops import TorchOps
+from engine.models.rope import RopeConfig, cos_sin_table
+from engine.models.rotary_store import rotate_and_store
+from engine.models.single_row import single_row_linear
 from tests.checkpoints import random_prompt, write_config
 from tests.engine.execution.harness import Harness
 from tests.engine.execution.test_logit_edits import everything
@@ -60,7 +64,7 @@ def test_logits_in_bfloat16_are_close_to_the_reference(
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        "head_dim": 128,  # as the models in use: kernels of one shape are built once
         "max_position_embeddings": 1024,
         "eos_token_id": 0,
     }
@@ -110,3 +114,51 @@ def test_a_draw_with_everything_waits_for_nothing_and_equals_the_cpu() -> None:
     assert result.top is not None
     assert on_cpu.top is not None
     assert result.top.top_ids.tolist() == on_cpu.top.top_ids.tolist()
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_rotating_and_storing_in_one_kernel_equals_the_steps(tokens: int, page_size: int) -> None:
+    heads, kv_heads, head_dim, layers = 12, 3, 128, 2
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def pool(where: torch.device, kind: torch.dtype) -> PageMajorKVPool:
+        return PageMajorKVPool(
+            num_pages=512 // page_size,
+            page_size=page_size,
+            num_layers=layers,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=kind,
+            device=where,
+        )
+
+    table = cos_sin_table(RopeConfig(theta=10_000.0), head_dim, 1024, torch.device("cpu"))
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
+    positions = torch.randint(1024, (tokens,))
+    slots = torch.randperm(512)[:tokens]
+    expected, actual = pool(torch.device("cpu"), torch.float32), pool(device, dtype)
+    plain = TorchOps(table)
+    for layer in range(layers):
+        rows = expected.rows(slots)
+        rotation = plain.rotation(positions)
+        q = plain.rotate_and_store(qkv.float(), heads, rotation, expected, layer, rows)
+        fused_q = qkv.clone().cuda()
+        rotate_and_store(fused_q, heads, positions.cuda(), table.cuda(), actual, layer, rows.cuda())
+        torch.testing.assert_close(fused_q[:, :heads].float().cpu(), q, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(actual.data.float().cpu(), expected.data, atol=2e-2, rtol=2e-2)
+    # Values are copied, not computed, and nothing else is touched.
+    assert torch.equal(actual.data[:, :, 1].cpu(), expected.data[:, :, 1].to(dtype))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (4095, 320), (6144, 4096), (130, 14_336)])
+def test_the_product_of_one_row_equals_float64(rows: int, columns: int, bias: bool) -> None:
+    x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    added = torch.randn(rows, device="cuda", dtype=torch.bfloat16) if bias else None
+    actual = single_row_linear(x, weight, added).double()
+    expected = x.double() @ weight.double().t()
+    if added is not None:
+        expected = expected + added.double()
+    assert float((actual - expected).norm() / expected.norm()) < 5e-3
