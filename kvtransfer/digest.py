@@ -12,8 +12,13 @@ differences happen to fit the weights, about once in 2^32 or rarer. It guards ag
 against a forger: peers are authenticated elsewhere.
 """
 
-from collections.abc import Sequence
+import importlib
+import importlib.util
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +33,9 @@ SEAL_BYTES = 8 * RANGES
 
 _CUDA_BATCH_BYTES = 64 << 20
 """Bytes of pages widened at once on a GPU; bounds the temporary to twice as much."""
+
+_KERNEL_WORDS = 2048
+"""Words that a program of the kernel takes at a time."""
 
 _ROW_STREAM = 0x9E3779B97F4A7C15
 _WORD_STREAM = 0xD1B54A32D192ED03
@@ -78,11 +86,12 @@ def digest_pages(
     valid_tokens: Sequence[int],
     layout: PageLayout,
 ) -> torch.Tensor:
-    """Digests of `pages` of `pool` ([count, page_bytes] uint8): [len(pages), RANGES] int64.
+    """Digests of `pages` of `pool` ([count, page_bytes] uint8): [len(pages), RANGES] int64, on the
+    host.
 
-    The result lies on the pool's device; on CUDA nothing waits for it, and work queued on the
-    current stream before the call is included. Raises ValueError for a page or a token count out
-    of range.
+    On CUDA it works on a stream of its own and waits for nothing else, so that a step which runs
+    at the same time delays neither; whoever wrote the pages must have waited for that. Raises
+    ValueError for a page or a token count out of range.
     """
     _check(pool, pages, valid_tokens, layout)
     if pool.device.type == "cpu":
@@ -91,7 +100,10 @@ def digest_pages(
             _cpu_digest(memory[p], v, layout) for p, v in zip(pages, valid_tokens, strict=True)
         ]
         return torch.tensor(values, dtype=torch.int64).view(len(pages), RANGES)
-    return _device_digest(pool, pages, valid_tokens, layout)
+    with _own_stream(pool.device):
+        if triton_installed():
+            return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
+        return _device_digest(pool, pages, valid_tokens, layout).cpu()
 
 
 def copy_and_digest(
@@ -106,19 +118,88 @@ def copy_and_digest(
 
     `window` is [slots, page_bytes] uint8, on the pool's device or on the host; a write that hits
     the slot during or after the copy can change the digest, never what was digested. Returns
-    [len(pages), RANGES] int64 on the pool's device.
+    [len(pages), RANGES] int64 on the host, once the copy is done; streams as for `digest_pages`.
     """
     if len(slots) != len(pages):
         raise ValueError(f"{len(slots)} slots for {len(pages)} pages")
     _check(window, slots, valid_tokens, layout)
     _check(pool, pages, valid_tokens, layout)
+    if pool.device.type == "cpu":
+        _copy(window, slots, pool, pages, valid_tokens, layout)
+        return digest_pages(pool, pages, valid_tokens, layout)
+    with _own_stream(pool.device):
+        if window.device == pool.device and triton_installed():
+            return _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
+        _copy(window, slots, pool, pages, valid_tokens, layout)
+        return digest_pages(pool, pages, valid_tokens, layout)
+
+
+def _copy(
+    window: torch.Tensor,
+    slots: Sequence[int],
+    pool: torch.Tensor,
+    pages: Sequence[int],
+    valid_tokens: Sequence[int],
+    layout: PageLayout,
+) -> None:
     for slot, page, valid in zip(slots, pages, valid_tokens, strict=True):
         # bytes beyond the valid tokens are not covered by any seal: they stay outside
         size = valid * layout.token_bytes
         source = window[slot].view(layout.rows, layout.row_bytes)[:, :size]
         target = pool[page].view(layout.rows, layout.row_bytes)[:, :size]
         target.copy_(source, non_blocking=True)
-    return digest_pages(pool, pages, valid_tokens, layout)
+
+
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """A stream for each thread and device, ahead of the steps' stream where both have work."""
+    streams: dict[torch.device, torch.cuda.Stream]
+    streams = _streams.__dict__.setdefault("by_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(streams[device]):
+        yield
+
+
+_streams = threading.local()
+
+
+def _launch(
+    source: torch.Tensor,
+    source_pages: Sequence[int],
+    target: torch.Tensor,
+    target_pages: Sequence[int],
+    valid_tokens: Sequence[int],
+    layout: PageLayout,
+    *,
+    copy: bool,
+) -> torch.Tensor:
+    """One kernel over all rows of all pages; each byte is read once."""
+    count = len(source_pages)
+    row_weights, word_weights = _device_weights(layout, target.device)
+    table = torch.tensor([source_pages, target_pages, valid_tokens], pin_memory=True)
+    parts = torch.empty((count, layout.rows), dtype=torch.int64, device=target.device)
+    kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
+    kernels.copy_and_digest_kernel[(count, layout.rows)](
+        source.view(torch.int32),
+        target.view(torch.int32),
+        table.to(target.device, non_blocking=True),
+        parts,
+        row_weights,
+        word_weights,
+        count,
+        layout.rows,
+        layout.row_bytes // WORD_BYTES,
+        layout.token_bytes // WORD_BYTES,
+        COPY=copy,
+        BLOCK=_KERNEL_WORDS,
+        num_warps=8,
+    )
+    return parts.sum(1).cpu().view(count, RANGES)
 
 
 def _check(

@@ -148,7 +148,14 @@ def test_both_devices_agree_on_every_seal() -> None:
     expected = seals_of(digest_pages(pool, pages, valid, layout))
     assert seals_of(digest_pages(on_gpu, pages, valid, layout)) == expected
     target = torch.zeros_like(on_gpu)
+    torch.cuda.synchronize()
     digests = copy_and_digest(on_gpu, pages, target, pages[::-1], valid, layout)
     assert seals_of(digests) == expected
+    for page, count in zip(pages, valid, strict=True):
+        copied = target[39 - page].view(layout.rows, -1)[:, : count * layout.token_bytes]
+        rest = target[39 - page].view(layout.rows, -1)[:, count * layout.token_bytes :]
+        wanted = pool[page].view(layout.rows, -1)[:, : count * layout.token_bytes]
+        assert torch.equal(copied.cpu(), wanted)
+        assert not rest.any()
     from_host = copy_and_digest(pool, pages, target, pages, valid, layout)
     assert seals_of(from_host) == expected
