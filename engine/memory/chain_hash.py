@@ -12,8 +12,17 @@ from collections.abc import Sequence
 CHAIN_HASH_BYTES = 16
 
 
+def namespace_key(lora_id: str, cache_salt: str) -> str:
+    """The prefix cache's name space of an adapter and a salt; "" where there is neither. No two
+    pairs share one, whatever characters they hold: the adapter's length comes first.
+    """
+    if not lora_id and not cache_salt:
+        return ""
+    return f"{len(lora_id)}:{lora_id}{cache_salt}"
+
+
 def namespace_hash(extra_key: str) -> bytes:
-    """What comes before the first page of a namespace (LoRA id, cache salt): b"" for the empty
+    """What comes before the first page of a namespace (`namespace_key`): b"" for the empty
     one, else 16 bytes that no page's hash equals."""
     if not extra_key:
         return b""

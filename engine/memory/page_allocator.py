@@ -6,7 +6,8 @@ it most closely, and single pages of decode growth nibble at the small runs firs
 runs stay whole for prompts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,6 +43,7 @@ class PageAllocator:
         self.page_size = page_size
         self._generations = [0] * num_pages
         self._is_free = bytearray(num_pages)
+        self._parked: list[int] | None = None
         self._rebuild(b"\x01" * num_pages)
 
     @property
@@ -103,6 +105,9 @@ class PageAllocator:
             if page == previous or self._is_free[page]:
                 raise PageAllocationError(f"page {page} is freed twice")
             previous = page
+        if self._parked is not None:
+            self._parked.extend(ordered)
+            return
         start = 0
         for i in range(1, len(ordered) + 1):
             if i == len(ordered) or ordered[i] != ordered[i - 1] + 1:
@@ -111,6 +116,17 @@ class PageAllocator:
         for page in ordered:
             self._is_free[page] = 1
         self._free_count += len(ordered)
+
+    @contextmanager
+    def parking(self, parked: list[int] | None) -> Iterator[None]:
+        """While this is entered, pages that are freed are put on `parked` instead (None: they are
+        free at once), and count as owned until the caller frees them: a launched step may still
+        read them."""
+        before, self._parked = self._parked, parked
+        try:
+            yield
+        finally:
+            self._parked = before
 
     def backup_state(self) -> AllocatorState:
         """What is free now, to undo allocations of a step that is given up."""

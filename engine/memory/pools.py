@@ -1,13 +1,18 @@
 """The memory of one engine as its owners ask for it: pages, rows, and the tree that lends pages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.errors import OutOfMemoryError
+from engine.memory.hi_radix_cache import HiRadixCache
+from engine.memory.host_pool import HostPool
 from engine.memory.page_allocator import PageAllocator
+from engine.memory.page_copier import PageCopier
 from engine.memory.prefix_cache import BasePrefixCache, ChunkCache
 from engine.memory.radix_cache import RadixCache
 from engine.memory.req_to_token import ReqToTokenPool
+from engine.memory.retracted_kv import RetractedKV
+from engine.types import HostWritePolicy, RadixEvictionPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +22,55 @@ class MemoryPools:
     allocator: PageAllocator
     req_to_token: ReqToTokenPool
     tree_cache: BasePrefixCache
+    retracted: RetractedKV | None = None
+    """Host memory for the KV of retracted requests; None: they compute it again."""
 
     def available_tokens(self) -> int:
-        """Tokens that could be allocated now: free, or cached and evictable."""
-        return self.allocator.available_size() + self.tree_cache.evictable_size()
+        """Tokens that could be allocated now: free, or cached and evictable, or owned by nobody
+        but a copy."""
+        tokens = self.allocator.available_size() + self.tree_cache.evictable_size()
+        if self.retracted is not None:
+            pages = self.retracted.pages_leaving + self.retracted.pages_loaded
+            tokens += pages * self.allocator.page_size
+        return tokens
 
     def evict_for(self, num_pages: int) -> None:
-        """Makes `num_pages` free by eviction as far as that goes."""
+        """Makes `num_pages` free by eviction as far as that goes. Waits for copies of retracted
+        requests where there is no other way."""
+        self._evict_missing(num_pages)
+        if self.retracted is not None and num_pages > self.allocator.free_pages:
+            self.retracted.reclaim()
+            self._evict_missing(num_pages)
+
+    def _evict_missing(self, num_pages: int) -> None:
         missing = num_pages - self.allocator.free_pages
         if missing > 0:
             self.tree_cache.evict(missing * self.allocator.page_size)
+
+    def check_hicache_events(self) -> None:
+        """Called in every pass: takes note of copies between device and host that have ended, and
+        starts those that are due. Never waits."""
+        self.tree_cache.check_hicache_events()
+        if self.retracted is not None:
+            self.retracted.poll()
+
+    def has_pending_copies(self) -> bool:
+        """Whether `check_hicache_events` must be called soon although nothing is scheduled."""
+        return self.tree_cache.has_pending_copies() or (
+            self.retracted is not None and self.retracted.has_pending_copies()
+        )
+
+    def pages_under_copy(self) -> Iterator[Sequence[int]]:
+        """Held pages: copies read or fill them (for the audit)."""
+        yield from self.tree_cache.pages_under_copy()
+        if self.retracted is not None:
+            yield from self.retracted.held_pages()
+
+    def check_host(self) -> None:
+        """Raises `MemoryInvariantError` if a page of host memory is not accounted for."""
+        self.tree_cache.check_host()
+        if self.retracted is not None:
+            self.retracted.check()
 
     def alloc_pages(self, num_pages: int, *, after: int | None = None) -> list[int]:
         """`num_pages` pages, evicting from the tree first if they are short; neighbours where it
@@ -56,13 +100,33 @@ def make_memory_pools(
     max_context_len: int,
     device: str = "cpu",
     enable_radix_cache: bool = True,
+    eviction_policy: RadixEvictionPolicy = "lru",
+    host_copier: PageCopier | None = None,
+    host_write_policy: HostWritePolicy = "write_through",
+    retract_copier: PageCopier | None = None,
 ) -> MemoryPools:
-    """The three of them, empty. Pages count without the padding page of captured graphs."""
+    """All of them, empty. Pages count without the padding page of captured graphs. `host_copier`:
+    host memory for evicted prefixes, of no use without the radix cache; `retract_copier`: for
+    retracted requests.
+    """
     allocator = PageAllocator(num_pages, page_size)
     req_to_token = ReqToTokenPool(num_rows, max_context_len, device)
-    tree: BasePrefixCache = (
-        RadixCache(allocator, req_to_token)
-        if enable_radix_cache
-        else ChunkCache(allocator, req_to_token)
+    tree: BasePrefixCache
+    if not enable_radix_cache:
+        tree = ChunkCache(allocator, req_to_token)
+    elif host_copier is None:
+        tree = RadixCache(allocator, req_to_token, eviction_policy=eviction_policy)
+    else:
+        tree = HiRadixCache(
+            allocator,
+            req_to_token,
+            HostPool(host_copier, page_size),
+            write_policy=host_write_policy,
+            eviction_policy=eviction_policy,
+        )
+    retracted = None
+    if retract_copier is not None:
+        retracted = RetractedKV(allocator, tree, HostPool(retract_copier, page_size))
+    return MemoryPools(
+        allocator=allocator, req_to_token=req_to_token, tree_cache=tree, retracted=retracted
     )
-    return MemoryPools(allocator=allocator, req_to_token=req_to_token, tree_cache=tree)

@@ -7,18 +7,27 @@ the tree and are locked through `last_node`; the rest belong to the request.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from engine.memory.page_allocator import PageAllocator
 from engine.memory.req_to_token import ReqToTokenPool
 
+if TYPE_CHECKING:
+    from engine.memory.page_transfer import PageTransfer
+
 
 class TreeNode:
-    """A run of whole pages of tokens below `parent`; the root has none and is never locked."""
+    """A run of whole pages of tokens below `parent`; the root has none and is never locked.
 
-    __slots__ = ("children", "in_heap", "last_access", "lock_ref", "namespace", "pages", "parent",
-                 "tokens")  # fmt: skip
+    Its KV is on the device (`pages`), in host memory (`host_pages`), or both; then there is one
+    page in each for every page of tokens.
+    """
+
+    __slots__ = ("children", "hit_count", "host_pages", "hosted_children", "in_heap",
+                 "in_host_heap", "last_access", "lock_ref", "namespace", "pages", "parent",
+                 "resident_children", "tokens", "transfer")  # fmt: skip
 
     def __init__(
         self,
@@ -37,7 +46,17 @@ class TreeNode:
         self.lock_ref = 0
         """Requests that read this node's pages or pages below it."""
         self.last_access = 0
+        self.hit_count = 0
+        """Requests that were admitted with this prefix; both parts of a split keep it."""
         self.in_heap = False
+        self.host_pages: list[int] = []
+        self.resident_children = 0
+        """Children that are on the device; kept by a cache with a host tier only, as the rest."""
+        self.hosted_children = 0
+        """Children that are in host memory."""
+        self.in_host_heap = False
+        self.transfer: PageTransfer | None = None
+        """The copy, still going on, that reads or fills this node's pages."""
 
 
 class PrefixMatch(NamedTuple):
@@ -46,6 +65,21 @@ class PrefixMatch(NamedTuple):
     pages: list[int]
     last_node: TreeNode
     """Where it ends. Nothing is locked yet: lock it before anything may evict."""
+    host_hit_pages: int = 0
+    """Pages right behind it that are in host memory only."""
+    last_host_node: TreeNode | None = None
+    """Where those end; `load_back` takes it."""
+
+
+class LoadBack(Enum):
+    """What became of a hit in host memory."""
+
+    NOTHING = auto()
+    """Nothing to load, or no memory for all of it: what is on the device is the hit."""
+    PENDING = auto()
+    """On its way; whoever wants it looks again in a later pass."""
+    DONE = auto()
+    """The copy has ended: match again. More is on the device now, unless it was spoilt."""
 
 
 class InsertResult(NamedTuple):
@@ -75,11 +109,29 @@ class CacheableRequest(Protocol):
         ...
 
 
+class PageSeals(Protocol):
+    """Where a role that hands pages over keeps what each was sealed with when it was computed."""
+
+    def digest_of(self, page: int) -> bytes | None:
+        """Of the whole page; None: it has no seal, or is no whole page."""
+        ...
+
+    def reseal(self, page: int, *, chain_hash: bytes, digest: bytes) -> None:
+        """A page that was computed earlier has come back as `page`; `digest` was compared."""
+        ...
+
+
 class BasePrefixCache(ABC):
     """Keeps KV pages of past requests for those that start with the same tokens."""
 
     disable: bool
     """True where nothing is kept: a finished request's pages are free at once."""
+
+    seals: PageSeals | None = None
+    """Set by a role that seals pages; None: nobody does."""
+
+    version: int = 0
+    """Changes whenever what is cached does."""
 
     def __init__(self, allocator: PageAllocator, req_to_token: ReqToTokenPool) -> None:
         self.allocator = allocator
@@ -97,6 +149,11 @@ class BasePrefixCache(ABC):
         """Gives pages to the tree; `len(token_ids) == len(pages) * page_size`."""
 
     @abstractmethod
+    def record_hit(self, node: TreeNode) -> None:
+        """Called once when a request is admitted whose prefix ends at `node`; a look at the tree
+        alone is no use of it."""
+
+    @abstractmethod
     def inc_lock_ref(self, node: TreeNode) -> None:
         """Protects `node` and all above it from eviction, until `dec_lock_ref`."""
 
@@ -106,8 +163,8 @@ class BasePrefixCache(ABC):
 
     @abstractmethod
     def evict(self, num_tokens: int) -> int:
-        """Frees at least `num_tokens` tokens of unlocked pages, least recently used first, or all
-        there are; returns how many.
+        """Frees at least `num_tokens` tokens of unlocked pages, in the order of the eviction
+        policy, or all there are; returns how many.
         """
 
     @abstractmethod
@@ -128,12 +185,17 @@ class BasePrefixCache(ABC):
 
     @abstractmethod
     def cache_unfinished_req(
-        self, req: CacheableRequest, *, replace_duplicates: bool = True
+        self,
+        req: CacheableRequest,
+        *,
+        replace_duplicates: bool = True,
+        computed_len: int | None = None,
     ) -> None:
         """Called when a request that goes on has computed more KV: its whole pages become matches
         for others, and stay locked. Pages the tree had already replace the request's own, in its
         list and its row. With `replace_duplicates` false (somebody still reads them) such a
-        request keeps its own and gives nothing.
+        request keeps its own and gives nothing. `computed_len`: tokens whose KV exists; None: the
+        committed ones, as no launched step is still writing any.
         """
 
     @abstractmethod
@@ -142,6 +204,29 @@ class BasePrefixCache(ABC):
         what is whole and computed (unless `insert` is false), frees the rest, unlocks. The row
         stays the caller's.
         """
+
+    def check_hicache_events(self) -> None:
+        """Called in every pass: takes note of copies between device and host that have ended, and
+        starts those that are due. Never waits."""
+        return None
+
+    def load_back(self, last_host_node: TreeNode) -> LoadBack:
+        """Brings a match's pages back from host memory, all or nothing. Called with the match's
+        device part locked; may evict. Evicts for them as far as `evictable_size` goes: the caller
+        has found that it may."""
+        return LoadBack.NOTHING
+
+    def has_pending_copies(self) -> bool:
+        """Whether `check_hicache_events` must be called soon although nothing is scheduled."""
+        return False
+
+    def pages_under_copy(self) -> Iterable[Sequence[int]]:
+        """Pages that a copy reads or fills: held, whoever else owns them (for the audit)."""
+        return ()
+
+    def check_host(self) -> None:
+        """Raises an `EngineError` if a page of host memory is not accounted for."""
+        return None
 
     @abstractmethod
     def pretty_print(self, max_nodes: int = 100) -> str:
@@ -166,6 +251,9 @@ class ChunkCache(BasePrefixCache):
         self.allocator.free(pages)
         return InsertResult([], self._root)
 
+    def record_hit(self, node: TreeNode) -> None:
+        pass
+
     def inc_lock_ref(self, node: TreeNode) -> None:
         pass
 
@@ -188,7 +276,11 @@ class ChunkCache(BasePrefixCache):
         return iter(())
 
     def cache_unfinished_req(
-        self, req: CacheableRequest, *, replace_duplicates: bool = True
+        self,
+        req: CacheableRequest,
+        *,
+        replace_duplicates: bool = True,
+        computed_len: int | None = None,
     ) -> None:
         pass
 

@@ -17,6 +17,7 @@ from engine.memory.prefix_cache import (
     TreeNode,
 )
 from engine.memory.req_to_token import ReqToTokenPool, page_slots
+from engine.types import RadixEvictionPolicy
 
 
 class PrefixCacheError(EngineError):
@@ -24,19 +25,26 @@ class PrefixCacheError(EngineError):
 
 
 class RadixCache(BasePrefixCache):
-    """The tree, its locks, and eviction of the least recently used leaves."""
+    """The tree, its locks, and eviction of the least recently (or least frequently) used leaves."""
 
     disable = False
 
-    def __init__(self, allocator: PageAllocator, req_to_token: ReqToTokenPool) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        req_to_token: ReqToTokenPool,
+        *,
+        eviction_policy: RadixEvictionPolicy = "lru",
+    ) -> None:
         super().__init__(allocator, req_to_token)
+        self._by_hits = eviction_policy == "lfu"
         self._roots: dict[str, TreeNode] = {}
         self._evictable_pages = 0
         self._protected_pages = 0
         self._clock = 0
-        # Candidates for eviction as (last access, entry number, node). Entries may be stale: a
+        # Candidates for eviction as (key, entry number, node). Entries may be stale: a
         # node is looked at again when it comes up, which keeps locking and matching O(depth).
-        self._heap: list[tuple[int, int, TreeNode]] = []
+        self._heap: list[tuple[tuple[int, int], int, TreeNode]] = []
         self._entries = 0
 
     # ---- lookup and insertion
@@ -59,37 +67,54 @@ class RadixCache(BasePrefixCache):
             root = TreeNode(parent=None, tokens=[], pages=[], namespace=extra_key)
             self._roots[extra_key] = root
         tokens = list(token_ids)
-        existing, node = self._walk(root, tokens)
-        new_pages = list(pages[len(existing) :])
+        match = self._walk(root, tokens)
+        node = self._revive(match, pages)
+        known = len(match.pages) + match.host_hit_pages
+        new_pages = list(pages[known:])
         if new_pages:
-            start = len(existing) * self.page_size
-            leaf = TreeNode(parent=node, tokens=tokens[start:], pages=new_pages)
+            leaf = TreeNode(parent=node, tokens=tokens[known * self.page_size :], pages=[])
             leaf.last_access = self._clock
             node.children[tuple(leaf.tokens[: self.page_size])] = leaf
-            self._evictable_pages += len(new_pages)
-            self._offer(leaf)
+            self._put_on_device(leaf, new_pages)
             node = leaf
-        return InsertResult(existing, node)
+        return InsertResult(match.pages, node)
+
+    def _revive(self, match: PrefixMatch, pages: Sequence[int]) -> TreeNode:
+        """Nodes of the match that are not on the device take their part of `pages`, which hold the
+        KV of the same tokens. Returns where the match ends."""
+        return match.last_node
+
+    def _put_on_device(self, node: TreeNode, pages: list[int]) -> None:
+        """`pages` belong to `node` from now on; nobody locks it yet."""
+        node.pages = pages
+        self._evictable_pages += len(pages)
+        self._offer(node)
+        self.version += 1
 
     def _walk(self, root: TreeNode, tokens: list[int]) -> PrefixMatch:
         """Follows `tokens` as far as whole pages agree, splitting the last node there."""
         self._clock += 1
         node, position, pages = root, 0, []
+        last_node, host_hit_pages = root, 0
         while position + self.page_size <= len(tokens):
             child = node.children.get(tuple(tokens[position : position + self.page_size]))
             if child is None:
                 break
             agreeing = self._agreeing_pages(child, tokens, position)
-            if agreeing < len(child.pages):
+            if agreeing * self.page_size < len(child.tokens):
                 child = self._split(child, agreeing)
             child.last_access = self._clock
-            pages.extend(child.pages)
+            if child.pages:
+                pages.extend(child.pages)
+                last_node = child
+            else:
+                host_hit_pages += agreeing
             position += agreeing * self.page_size
             node = child
-        return PrefixMatch(pages, node)
+        return PrefixMatch(pages, last_node, host_hit_pages, node)
 
     def _agreeing_pages(self, node: TreeNode, tokens: list[int], position: int) -> int:
-        low = min(len(node.pages), (len(tokens) - position) // self.page_size)
+        low = min(len(node.tokens), len(tokens) - position) // self.page_size
         if (
             node.tokens[: low * self.page_size]
             == tokens[position : position + low * self.page_size]
@@ -115,7 +140,7 @@ class RadixCache(BasePrefixCache):
         cut = num_pages * self.page_size
         upper = TreeNode(parent=parent, tokens=node.tokens[:cut], pages=node.pages[:num_pages])
         upper.lock_ref = node.lock_ref
-        upper.last_access = node.last_access
+        upper.last_access, upper.hit_count = node.last_access, node.hit_count
         parent.children[tuple(upper.tokens[: self.page_size])] = upper
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[num_pages:], upper
         upper.children[tuple(node.tokens[: self.page_size])] = node
@@ -145,21 +170,39 @@ class RadixCache(BasePrefixCache):
     def evict(self, num_tokens: int) -> int:
         wanted = -(-num_tokens // self.page_size)
         freed: list[int] = []
-        while len(freed) < wanted and self._heap:
-            accessed, _, node = heapq.heappop(self._heap)
-            node.in_heap = False
-            if node.children or node.lock_ref > 0 or node.parent is None:
-                continue  # offered again once it is an unlocked leaf
-            if accessed != node.last_access:
-                self._offer(node)
-                continue
-            freed.extend(self._trim(node, wanted - len(freed)))
+        while len(freed) < wanted and (leaf := self._pop_leaf()) is not None:
+            freed.extend(self._trim(leaf, wanted - len(freed)))
         self._evictable_pages -= len(freed)
         self.allocator.free(freed)
         return len(freed) * self.page_size
 
+    def _is_leaf(self, node: TreeNode) -> bool:
+        return not node.children
+
+    def _pop_leaf(self) -> TreeNode | None:
+        """The unlocked leaf to evict first; it is no candidate any more until it is offered."""
+        while self._heap:
+            key, _, node = heapq.heappop(self._heap)
+            node.in_heap = False
+            if not self._is_leaf(node) or node.lock_ref > 0 or node.parent is None:
+                continue  # offered again once it is an unlocked leaf
+            if key == self._eviction_key(node):
+                return node
+            self._offer(node)
+        return None
+
+    def _eviction_key(self, node: TreeNode) -> tuple[int, int]:
+        """Smaller goes first. Of leaves used equally often, the least recently used one."""
+        return (node.hit_count if self._by_hits else 0, node.last_access)
+
+    def record_hit(self, node: TreeNode) -> None:
+        while node.parent is not None:
+            node.hit_count += 1
+            node = node.parent
+
     def _trim(self, leaf: TreeNode, num_pages: int) -> list[int]:
         """Takes the last pages of a leaf: what is left is still a useful prefix."""
+        self.version += 1
         kept = max(0, len(leaf.pages) - num_pages)
         removed = leaf.pages[kept:]
         if kept > 0:
@@ -178,18 +221,23 @@ class RadixCache(BasePrefixCache):
         return removed
 
     def _offer(self, node: TreeNode) -> None:
-        if node.in_heap or node.children or node.lock_ref > 0:
+        if node.in_heap or not self._is_leaf(node) or node.lock_ref > 0:
             return
         node.in_heap = True
         self._entries += 1
-        heapq.heappush(self._heap, (node.last_access, self._entries, node))
+        heapq.heappush(self._heap, (self._eviction_key(node), self._entries, node))
 
     # ---- requests
 
     def cache_unfinished_req(
-        self, req: CacheableRequest, *, replace_duplicates: bool = True
+        self,
+        req: CacheableRequest,
+        *,
+        replace_duplicates: bool = True,
+        computed_len: int | None = None,
     ) -> None:
-        num_pages = req.kv_committed_len // self.page_size
+        computed = req.kv_committed_len if computed_len is None else computed_len
+        num_pages = computed // self.page_size
         if num_pages * self.page_size <= req.tree_len:
             return
         tokens = req.token_ids(num_pages * self.page_size)
@@ -265,5 +313,8 @@ class RadixCache(BasePrefixCache):
                 lines.append("...")
                 break
             name = f"namespace {node.namespace!r}" if node.parent is None else f"{node.tokens[:8]}"
-            lines.append(f"{'  ' * depth}{name} pages={len(node.pages)} locks={node.lock_ref}")
+            lines.append(f"{'  ' * depth}{name} {self._describe(node)}")
         return "\n".join(lines)
+
+    def _describe(self, node: TreeNode) -> str:
+        return f"pages={len(node.pages)} locks={node.lock_ref}"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from engine.errors import EngineError
+from engine.execution.device import moved
 
 
 class RowAllocationError(EngineError):
@@ -55,10 +56,10 @@ class ReqToTokenPool:
             self._free_rows.append(row)
 
     def write(self, row: int, start: int, slots: torch.Tensor) -> None:
-        """Token slots `slots` ([n], any integer dtype, any device) of positions `start ..`."""
-        self.req_to_token[row, start : start + slots.numel()] = slots.to(
-            device=self.device, dtype=torch.int32
-        )
+        """Token slots `slots` ([n], any integer dtype, on the host) of positions `start ..`,
+        behind the steps that were launched before; does not wait for them."""
+        end = start + slots.numel()
+        self.req_to_token[row, start:end] = moved(slots.to(torch.int32), self.device)
 
     def write_each(self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """One slot a row, as a decode step needs; all [b] int64 on the table's device."""
