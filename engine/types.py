@@ -1,6 +1,6 @@
-"""Identifiers that must not be mixed up."""
+"""Identifiers that must not be mixed up, and names that several layers know."""
 
-from typing import NewType
+from typing import Literal, NewType
 
 RequestId = NewType("RequestId", str)
 """Unique among the live requests of one engine."""
@@ -10,3 +10,9 @@ PageIndex = NewType("PageIndex", int)
 
 TokenId = NewType("TokenId", int)
 """Index into the model's vocabulary."""
+
+RadixEvictionPolicy = Literal["lru", "lfu"]
+"""What cached KV goes first when memory is short: the least recently, or the least often used."""
+
+HostWritePolicy = Literal["write_through", "write_back"]
+"""A cached prefix is copied to host memory when it enters the cache, or when it is evicted."""

@@ -1,7 +1,7 @@
 """The engine process: one thread schedules and computes, others only listen, move pages or write.
 
-Started by the front as `python -m prefill_service.engine` or `decode_service.engine` with three
-inherited file descriptors: the channel, the landing window's file and the outbox's.
+Started by the front as `python -m prefill_service.engine` (or another role's) with three inherited
+file descriptors: the channel, the landing window's file and the outbox's.
 """
 
 import json
@@ -17,19 +17,28 @@ from kvtransfer.errors import TransferError
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
-from worker.engine_parts import EngineParts, EngineProcess, build_parts
+from worker.engine_parts import EngineParts, EngineProcess, KvTraffic, build_parts
 from worker.engine_role import EngineRole
 
 IDLE_WAIT_S = 0.1
 """Longest sleep of an idle engine. Work of any source wakes it at once; this only bounds how late
 a queue's deadline is noticed."""
 
+COPY_WAIT_S = 0.001
+"""The same while KV is copied between device and host memory, whose end wakes nobody."""
+
+_LEAST_HOLD_S = 0.0003
+"""Less time than this is not worth a wait."""
+
+_LONGEST_HOLD_S = 0.002
+"""After which it is asked again: a step may end before it was expected to."""
+
 EXIT_FRONT_GONE = 3
 
 RoleFactory = Callable[[EngineParts], EngineRole]
 
 
-def run_engine(arguments: list[str], make_role: RoleFactory, *, receives_kv: bool) -> int:
+def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraffic) -> int:
     """The engine process's main function; returns its exit status."""
     # Ctrl-C reaches the whole process group: the front drains, then tells the engine to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +60,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, receives_kv: boo
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        parts = build_parts(config, process, receives_kv=receives_kv)
+        parts = build_parts(config, process, traffic=traffic)
         role = make_role(parts)
         parts.make_scheduler(role)
         ready = parts.ready()
@@ -62,6 +71,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, receives_kv: boo
     parts.agent.start()
     channel.send(channel_pb2.EngineToFront(ready=ready))
     run_loop(parts, role)
+    parts.grammars.close()
     parts.agent.close()
     channel.close()
     return 0
@@ -84,6 +94,26 @@ def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
     return 1
 
 
+def _handle_messages(channel: EngineChannel, role: EngineRole) -> bool:
+    """False: the front says stop."""
+    for message in channel.drain():
+        if message.WhichOneof("kind") == "stop":
+            return False
+        role.handle(message)
+    return True
+
+
+def _listen(channel: EngineChannel, role: EngineRole) -> bool:
+    """While the device is busy for longer than the next launch takes to prepare: answers who asks
+    for memory, and checks KV that lands, at once. False: the front says stop."""
+    while (hold_s := role.scheduler.hold_s()) > _LEAST_HOLD_S:
+        channel.wait(min(hold_s, _LONGEST_HOLD_S))
+        if not _handle_messages(channel, role):
+            return False
+        role.poll()
+    return True
+
+
 def run_loop(parts: EngineParts, role: EngineRole) -> None:
     """Messages, then one scheduler pass, then answers; sleeps when there is nothing to do.
 
@@ -93,10 +123,8 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
     channel, scheduler = parts.channel, role.scheduler
     was_busy = True
     while True:
-        for message in channel.drain():
-            if message.WhichOneof("kind") == "stop":
-                return
-            role.handle(message)
+        if not _handle_messages(channel, role) or not _listen(channel, role):
+            return
         channel.begin_step(parts.config.hang_timeout_s)
         result = scheduler.step()
         channel.end_step()
@@ -113,4 +141,4 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
             role.draining = False
             channel.send(channel_pb2.EngineToFront(drained=True))
         if not result.ran:
-            channel.wait(IDLE_WAIT_S)
+            channel.wait(COPY_WAIT_S if parts.memory.has_pending_copies() else IDLE_WAIT_S)

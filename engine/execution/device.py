@@ -1,5 +1,6 @@
 """Which device and dtype to compute on, and how many KV pages fit there."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,11 +33,24 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"], index: int = 0) -> torc
     return torch.device("cuda", index)
 
 
-def to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """[n] int64 on `device`, without waiting for the device: pinned memory makes the copy
+def to_device(
+    values: Sequence[int] | Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> torch.Tensor:
+    """[n] on `device`, without waiting for the device: pinned memory makes the copy
     asynchronous."""
-    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
+    return pinned.to(device, non_blocking=True)
+
+
+def moved(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for the device."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def resolve_dtype(

@@ -6,7 +6,7 @@ sees a request.
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -81,6 +81,8 @@ class PromptTargets:
     """[n] int64; of the extend's t inputs, the one before each target: its logits judge it."""
     target_ids: torch.Tensor
     """[n] int64."""
+    target_ids_cpu: list[int]
+    """The same on the host."""
     counts: list[int]
     """[b]; targets of each request; sums to n."""
     top: int
@@ -140,6 +142,61 @@ class ForwardResult:
     prompt: TokenLogprobs | None = None
     """Of `ForwardBatch.prompt_targets`."""
 
+    def start_copy(self) -> "PendingResult":
+        """Called once, right after the step was launched: everything is on its way to the host,
+        behind the step and before anything launched later."""
+        return HostCopy(self)
+
+
+class PendingResult(Protocol):
+    """A step's result on its way to the host."""
+
+    def wait(self) -> ForwardResult:
+        """The result with all tensors on the host. Waits for this step's end, and for nothing that
+        was launched after it."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+
+class HostCopy:
+    """`PendingResult` of a step that ran on a stream, or on the host itself."""
+
+    def __init__(self, result: ForwardResult) -> None:
+        self._result = result
+        self._copied: torch.cuda.Event | None = None
+        if result.next_token_ids.is_cuda:
+            self._result = ForwardResult(
+                next_token_ids=_pinned(result.next_token_ids),
+                logprobs=None if result.logprobs is None else _pinned(result.logprobs),
+                top=None if result.top is None else _pinned_logprobs(result.top),
+                prompt=None if result.prompt is None else _pinned_logprobs(result.prompt),
+            )
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def wait(self) -> ForwardResult:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._result
+
+    def ready(self) -> bool:
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
+
+def _pinned(values: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, which does not wait for the device."""
+    target = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return target.copy_(values, non_blocking=True)
+
+
+def _pinned_logprobs(values: TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        chosen=_pinned(values.chosen), top_ids=_pinned(values.top_ids), top=_pinned(values.top)
+    )
+
 
 class BatchRunner(Protocol):
     """Computes a step; implemented by `ModelRunner` and, in tests, by a scripted stub."""
@@ -147,6 +204,29 @@ class BatchRunner(Protocol):
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         """Called by the scheduler, once a step, from its own thread only. Writes the KV of all
         input tokens at `out_cache_loc` in every layer, and draws one token a request. May return
-        before the device is done; reading the result's tensors waits for it.
+        before the device is done, and may be called again then: steps run in the order of their
+        launch. `ForwardResult.start_copy` tells when one has ended.
         """
+        ...
+
+
+@runtime_checkable
+class SplitRunner(BatchRunner, Protocol):
+    """A runner that can compute an extend a few layers at a time."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def forward_split(
+        self, batch: ForwardBatch, first_layer: int, last_layer: int
+    ) -> ForwardResult:
+        """Layers `first_layer .. last_layer - 1` of `forward(batch)`; called in order, for one
+        batch until its last layer or `drop_split`, with `forward` of others in between. Before the
+        last layer nothing is drawn: `next_token_ids` is [0], and `start_copy` tells when the part
+        has ended.
+        """
+        ...
+
+    def drop_split(self) -> None:
+        """The batch under way is not continued."""
         ...

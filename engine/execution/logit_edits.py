@@ -1,13 +1,15 @@
 """What requests do to their logits before a token is drawn.
 
 In this order: logit bias, repetition penalty (tokens of prompt and output), presence and frequency
-penalty (tokens of the output), and last the tokens that may not come yet. Everything is a tensor
-on the logits' device, so nothing here waits for it.
+penalty (tokens of the output), the tokens that may not come yet, and last what grammars forbid.
+Everything is a tensor on the logits' device, so nothing here waits for it.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from engine.execution.token_mask import TokenMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class LogitEdits:
     bias: LogitBias | None = None
     penalties: Penalties | None = None
     not_yet: NotYet | None = None
+    mask: TokenMask | None = None
 
     def apply(self, logits: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Edited copy of `logits` [b, vocab] float32, for drawing the tokens at `position` [b]."""
@@ -73,6 +76,8 @@ class LogitEdits:
             where = (self.not_yet.rows, self.not_yet.token_ids)
             early = position[self.not_yet.rows] < self.not_yet.before
             edited[where] = edited[where].masked_fill(early, float("-inf"))
+        if self.mask is not None:
+            self.mask.apply(edited)
         return edited
 
 

@@ -19,7 +19,7 @@ from engine.execution.forward_batch import (
 from engine.execution.sampler import Sampler, token_logprobs
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
-from engine.models.decoder import Decoder, load_decoder
+from engine.models.decoder import BetweenLayers, Decoder, load_decoder
 
 PROMPT_LOGITS_TOKENS = 1024
 """Prompt tokens whose logits exist at a time: 0.5 GiB in float32 for a vocabulary of 131,072."""
@@ -45,12 +45,55 @@ class ModelRunner:
         self.attention = attention
         self._decode_graphs = decode_graphs
         self._sampler = Sampler()
+        self._split: tuple[int, BetweenLayers] | None = None
+        """The next layer of a step that runs in parts, and what the one before left."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.model_config.num_layers
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         """Writes the KV of all input tokens, and draws one token a request."""
         if batch.prompt_targets is None:
             return self._sampler.sample(self.forward_logits(batch), batch.sampling)
         return self._forward_prompt(batch, batch.prompt_targets)
+
+    @torch.no_grad()
+    def forward_split(
+        self, batch: ForwardBatch, first_layer: int, last_layer: int
+    ) -> ForwardResult:
+        """Layers `first_layer .. last_layer - 1` of `forward`, of one batch at a time; other
+        batches may run between the parts. Raises `ValueError` for a part out of order.
+        """
+        if first_layer == 0:
+            state = self.decoder.embed(batch.input_ids)
+        elif self._split is not None and self._split[0] == first_layer:
+            state = self._split[1]
+        else:
+            raise ValueError(f"layer {first_layer} does not follow what has run of this step")
+        self._split = None
+        # Planned anew for each part, as the steps between them have plans of their own.
+        self.attention.plan(batch)
+        state = self.decoder.run_layers(
+            range(first_layer, last_layer),
+            state,
+            batch.positions,
+            self.kv_pool.rows(batch.out_cache_loc),
+            self.kv_pool,
+            self.attention,
+        )
+        if last_layer < self.num_layers:
+            self._split = (last_layer, state)
+            return ForwardResult(next_token_ids=batch.input_ids[:0], logprobs=None)
+        if batch.prompt_targets is not None:
+            hidden = self.decoder.hidden_states(state, None)
+            return self._judge_prompt(batch, batch.prompt_targets, hidden)
+        hidden = self.decoder.hidden_states(state, self._last_tokens(batch))
+        return self._sampler.sample(self.decoder.logits(hidden), batch.sampling)
+
+    def drop_split(self) -> None:
+        """The step that runs in parts is not continued."""
+        self._split = None
 
     # no_grad and not inference_mode: the scheduler may go on computing with the result's tensors,
     # and inference tensors refuse in-place changes outside that mode.
@@ -66,8 +109,13 @@ class ModelRunner:
 
     @torch.no_grad()
     def _forward_prompt(self, batch: ForwardBatch, targets: PromptTargets) -> ForwardResult:
-        """As `forward`, with log probabilities of prompt tokens, in slices to bound memory."""
-        hidden = self._hidden(batch, None)
+        """As `forward`, with log probabilities of prompt tokens."""
+        return self._judge_prompt(batch, targets, self._hidden(batch, None))
+
+    def _judge_prompt(
+        self, batch: ForwardBatch, targets: PromptTargets, hidden: torch.Tensor
+    ) -> ForwardResult:
+        """The step's result for hidden states of all its tokens, in slices to bound memory."""
         slices = [
             token_logprobs(self.decoder.logits(hidden[inputs]), target_ids, targets.top)
             for inputs, target_ids in zip(

@@ -43,6 +43,8 @@ class Promise:
     """Leading tokens whose KV is here already (whole pages, locked)."""
     pages_allocated: bool = True
     """False: the pages bind later, so the promised tokens are still among the free ones."""
+    lora_id: str = ""
+    """The adapter it will need a slot for."""
 
 
 def ceil_page(tokens: int, page_size: int) -> int:
@@ -121,6 +123,13 @@ class DecodeAdmission:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
+    def has_lora_slot_for(self, lora_id: str) -> bool:
+        """Whether the adapter fits beside those in use and those promised. A request that must wait
+        for it holds up nobody else (scheduling.md section 2)."""
+        scheduler = self._scheduler
+        promised = promised_loras(scheduler.role.promises(), scheduler.prebuilt)
+        return scheduler.lora_slots.has_room_for(lora_id, promised)
+
     def can_admit(
         self,
         prompt_len: int,
@@ -154,6 +163,11 @@ class DecodeAdmission:
             free_rows=rows,
             free_landing_slots=free_landing_slots,
         )
+
+
+def promised_loras(promises: Iterable[Promise], prebuilt: Iterable[Req]) -> set[str]:
+    """Adapters that are not in use yet and will be."""
+    return {p.lora_id for p in promises if p.lora_id} | {r.lora_id for r in prebuilt if r.lora_id}
 
 
 def unbound_tokens(promise: Promise, page_size: int) -> int:

@@ -1,4 +1,5 @@
-"""The invariant of section 8, asked of one scheduler: each page, row and lock has its owner."""
+"""The invariant of section 8, asked of one scheduler: each page, row, lock and LoRA slot has its
+owner."""
 
 from engine.memory.audit import (
     MemoryInvariantError,
@@ -8,7 +9,9 @@ from engine.memory.audit import (
     count_rows,
 )
 from engine.memory.pools import MemoryPools
+from engine.scheduler.in_flight import StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
+from engine.scheduler.lora_slots import LoraSlots
 from engine.scheduler.role import SchedulerRole
 
 
@@ -16,8 +19,15 @@ class MemoryBalance:
     """Collects the owners; asked between two steps only."""
 
     def __init__(
-        self, lifecycle: RequestLifecycle, memory: MemoryPools, role: SchedulerRole
+        self,
+        lifecycle: RequestLifecycle,
+        memory: MemoryPools,
+        role: SchedulerRole,
+        in_flight: StepsInFlight,
+        lora_slots: LoraSlots,
     ) -> None:
+        self._lora_slots = lora_slots
+        self._in_flight = in_flight
         self._lifecycle = lifecycle
         self._memory = memory
         self._role = role
@@ -33,6 +43,8 @@ class MemoryBalance:
             held=[
                 *(pages for kind, pages in owners if kind == "held"),
                 *(req.pages for req in self._lifecycle.held),
+                self._in_flight.parked_pages,
+                *self._memory.pages_under_copy(),
             ],
         )
 
@@ -44,9 +56,12 @@ class MemoryBalance:
         )
 
     def check(self) -> None:
-        """Raises `MemoryInvariantError` if a page, a row or a lock is not accounted for."""
+        """Raises `MemoryInvariantError` if a page, a row, a lock or a LoRA slot is not accounted
+        for."""
         self.audit().raise_if_broken()
         self.row_counts()
+        self._lora_slots.check(self._lifecycle.live.values())
+        self._memory.check_host()
         tree = self._memory.tree_cache
         counted = tree.evictable_size() + tree.protected_size()
         if counted != tree.total_pages() * tree.page_size:

@@ -1,8 +1,9 @@
 """What a batch takes from memory, and what it gives back (scheduling.md section 4)."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 import torch
@@ -14,6 +15,8 @@ from engine.memory.pools import MemoryPools
 from engine.memory.prefix_cache import BasePrefixCache
 from engine.memory.req_to_token import ReqToTokenPool
 from engine.scheduler.req import Req
+
+logger = logging.getLogger(__name__)
 
 RETRACT_DECODE_STEPS = 20
 """Decode steps that a batch should survive after a retraction without another one."""
@@ -38,6 +41,8 @@ class BatchMemory:
     reqs: list[Req]
     memory: MemoryPools
     forward_mode: ForwardMode = ForwardMode.IDLE
+    _growing: list[int] | None = field(default=None, init=False)
+    """`rows_that_need_a_page` as last counted, while members and lengths are the same."""
 
     @abstractmethod
     def filter_batch(
@@ -45,7 +50,8 @@ class BatchMemory:
         chunked_req_to_exclude: Collection[Req] = (),
         keep_indices: list[int] | None = None,
     ) -> None:
-        """Drops finished requests and those to exclude, or all but `keep_indices`."""
+        """Drops requests that take no further step and those to exclude, or all but
+        `keep_indices`."""
 
     @property
     def req_to_token_pool(self) -> ReqToTokenPool:
@@ -109,6 +115,9 @@ class BatchMemory:
             pages = self.memory.alloc_pages(num_pages, after=after)
         except OutOfMemoryError as error:
             phase = "Prefill" if self.forward_mode.is_extend() else "Decode"
+            logger.error(
+                "%s is out of memory: %s\n%s", phase, error, self.tree_cache.pretty_print()
+            )
             raise OutOfMemoryError(f"{phase} of {len(self.reqs)} requests: {error}") from error
         return pages if state is None else (pages, state)
 
@@ -128,8 +137,11 @@ class BatchMemory:
     # ---- decode memory
 
     def rows_that_need_a_page(self) -> list[int]:
-        page_size = self.page_size
-        return [i for i, req in enumerate(self.reqs) if req.kv_committed_len % page_size == 0]
+        """Places of the requests whose last page is full. Counted once a step."""
+        if self._growing is None:
+            size = self.page_size
+            self._growing = [i for i, r in enumerate(self.reqs) if r.kv_committed_len % size == 0]
+        return self._growing
 
     def _can_grow(self, pages: int, reserved_tokens: int) -> bool:
         if pages == 0:
@@ -165,7 +177,7 @@ class BatchMemory:
         while len(order) > 1:
             victim = self.reqs[order.pop()]
             pages -= victim.kv_committed_len % self.page_size == 0
-            self.release_req(victim)
+            self.release_req(victim, returns=True)
             victim.reset_for_retract()
             retracted.append(victim)
             if self._can_grow(pages, reserved_tokens):
@@ -182,9 +194,12 @@ class BatchMemory:
             does_not_fit=None if fits else self.reqs[0],
         )
 
-    def release_req(self, req: Req) -> None:
-        """Gives back a member's pages (to the tree, as far as whole) and its row."""
-        self.tree_cache.cache_finished_req(req)
+    def release_req(self, req: Req, *, returns: bool = False) -> None:
+        """Gives back a member's pages (to the tree, as far as whole) and its row. `returns`: it is
+        past its prompt and will be queued again, so its KV may be kept in host memory."""
+        retracted = self.memory.retracted
+        if not (returns and retracted is not None and retracted.keep(req)):
+            self.tree_cache.cache_finished_req(req)
         if req.req_pool_idx is not None:
             self.req_to_token_pool.free([req.req_pool_idx])
             req.req_pool_idx = None

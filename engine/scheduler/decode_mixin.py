@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from engine.errors import EngineError
+from engine.execution.device import to_device
 from engine.execution.forward_batch import ForwardMode
 from engine.memory.req_to_token import page_slots
 from engine.scheduler.sampling_state import SamplingState
@@ -46,7 +45,7 @@ class ScheduleBatchDisaggregationDecodeMixin:
         batch.extend_lens = [req.seqlen for req in batch.reqs]
         batch.extend_num_tokens = 0
         batch.describe_rows(rows, [req.kv_committed_len for req in batch.reqs])
-        batch.last_loc = torch.tensor(last_slots, dtype=torch.int64, device=batch.device)
+        batch.last_loc = to_device(last_slots, batch.device)
         batch.sampling = SamplingState.of(batch.reqs, batch.device, vocab_size=batch.vocab_size)
 
     def process_prebuilt(self, first_tokens: Sequence[int]) -> None:
@@ -60,4 +59,4 @@ class ScheduleBatchDisaggregationDecodeMixin:
         for req, token in zip(batch.reqs, first_tokens, strict=True):
             req.append_output(token, None)
             batch.tree_cache.cache_unfinished_req(req)
-        batch.output_ids = torch.tensor(list(first_tokens), dtype=torch.int64, device=batch.device)
+        batch.output_ids = to_device(first_tokens, batch.device)

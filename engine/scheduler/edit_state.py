@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.errors import EngineError
+from engine.execution.device import to_device
 from engine.execution.logit_edits import LogitBias, LogitEdits, NotYet, Penalties
 from engine.scheduler.req import Req
 
@@ -151,7 +152,7 @@ class EditState:
         return LogitBias(
             rows=self._int64(rows),
             token_ids=self._int64(token_ids),
-            values=torch.tensor(values, dtype=torch.float32, device=self._device),
+            values=to_device(values, self._device, torch.float32),
         )
 
     def _not_yet(self) -> NotYet | None:
@@ -168,7 +169,7 @@ class EditState:
         )
 
     def _int64(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return to_device(values, self._device)
 
 
 def _token_edits(req: Req) -> _TokenEdits:
@@ -177,7 +178,8 @@ def _token_edits(req: Req) -> _TokenEdits:
     # The request's own bound was lowered to what positions reach.
     least = min(params.min_tokens, req.max_new_tokens)
     held_draws = least - len(req.output_ids)
-    if held_draws <= 0 or not req.ending_token_ids:
+    if held_draws <= 0 or not req.ending_token_ids or req.grammar is not None:
+        # A grammar's own mask holds endings back, as far as it leaves anything else.
         return _TokenEdits(bias=bias) if bias else _NONE
     return _TokenEdits(
         bias=bias,
@@ -197,11 +199,11 @@ def _penalties(
     params = [req.sampling_params for req in chosen]
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        return to_device(values, device, torch.float32)[:, None]
 
     def places(token_lists: list[list[int]]) -> torch.Tensor:
         flat = [i * vocab_size + token for i, ids in enumerate(token_lists) for token in ids]
-        return torch.tensor(flat, dtype=torch.int64, device=device)
+        return to_device(flat, device)
 
     in_prompt = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
     in_prompt.view(-1).index_fill_(0, places([req.origin_input_ids for req in chosen]), True)
@@ -209,7 +211,7 @@ def _penalties(
     outputs = places([req.output_ids for req in chosen])
     counts.view(-1).scatter_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
     return Penalties(
-        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        rows=to_device(rows, device),
         repetition=column([min(max(p.repetition_penalty, 1 / _EXTREME), _EXTREME) for p in params]),
         presence=column([p.presence_penalty for p in params]),
         frequency=column([p.frequency_penalty for p in params]),

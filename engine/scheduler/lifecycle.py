@@ -1,11 +1,13 @@
 """From arrival to the last page given back: who is live, and the one way to end.
 
 Every path that ends a request (finished, aborted, failed, handed over) passes through here, so
-pages and rows are returned once, and never under a reader.
+pages and rows are returned once, and never under a reader: neither a transfer's nor a launched
+step's.
 """
 
 from engine.errors import DuplicateRequestError, EngineError
 from engine.memory.pools import MemoryPools
+from engine.scheduler.lora_slots import LoraSlots
 from engine.scheduler.req import FinishReason, Req, RequestPhase
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.step_result import StepResult
@@ -15,14 +17,17 @@ from engine.types import RequestId
 class RequestLifecycle:
     """The live requests of one scheduler, and those ended ones whose pages are still read."""
 
-    def __init__(self, memory: MemoryPools, role: SchedulerRole) -> None:
+    def __init__(self, memory: MemoryPools, role: SchedulerRole, lora_slots: LoraSlots) -> None:
         self._memory = memory
+        self._lora_slots = lora_slots
         self._role = role
         self.live: dict[RequestId, Req] = {}
         self.transferring: dict[RequestId, Req] = {}
         self.held: set[Req] = set()
         self.events = StepResult()
         """What happened since `take_events`."""
+        self.num_endings = 0
+        """Grows whenever a request ends, so that who looks for them knows when to."""
         self._arrivals = 0
 
     def take_events(self) -> StepResult:
@@ -45,12 +50,16 @@ class RequestLifecycle:
 
     def hand_over(self, req: Req) -> None:
         """The prompt is done on a prefill-only worker: out of the batch, pages and row stay."""
+        self._lora_slots.release(req)
         req.phase = RequestPhase.TRANSFERRING
         self.transferring[req.rid] = req
 
     def finish(self, req: Req) -> None:
-        """After its last token."""
-        self._end(req)
+        """After its last token, or after one that its grammar does not take."""
+        if req.grammar_error is not None:
+            self.fail(req, req.grammar_error)
+        else:
+            self._end(req)
 
     def abort(self, req: Req) -> None:
         """After it has left whatever list it was in."""
@@ -83,9 +92,22 @@ class RequestLifecycle:
             return
         self._give_back(req)
 
+    def on_step_ended(self, req: Req) -> None:
+        """One of the launched steps with this request has ended and is handled."""
+        req.in_flight -= 1
+        if req.phase is RequestPhase.ENDING and req.in_flight == 0:
+            self._end(req)
+
     def _end(self, req: Req) -> None:
+        self.num_endings += 1
+        if req.in_flight:
+            req.phase = RequestPhase.ENDING
+            return
         self.live.pop(req.rid)
         self.transferring.pop(req.rid, None)
+        self._lora_slots.release(req)
+        if self._memory.retracted is not None:
+            self._memory.retracted.claim(req)
         if req.pages and self._role.retain_pages(req):
             self._free_row(req)
             req.phase = RequestPhase.HELD
@@ -95,6 +117,8 @@ class RequestLifecycle:
 
     def _give_back(self, req: Req) -> None:
         if req.pages:
+            # A step that was launched before the request ended wrote KV for a token nobody knows.
+            req.kv_committed_len = min(req.kv_committed_len, req.seqlen)
             self._memory.tree_cache.cache_finished_req(req)
         self._free_row(req)
         req.phase = RequestPhase.ENDED

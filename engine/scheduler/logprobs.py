@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from engine.execution.device import to_device
 from engine.execution.forward_batch import PromptTargets, TokenLogprobs, TopRows
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def top_rows(counts: Sequence[int], device: torch.device) -> TopRows | None:
         return None
     return TopRows(
         rows=rows,
-        rows_on_device=torch.tensor(rows, dtype=torch.int64, device=device),
+        rows_on_device=to_device(rows, device),
         count=max(counts),
     )
 
@@ -62,8 +63,9 @@ def prompt_targets(
     if not target_ids:
         return None
     return PromptTargets(
-        inputs=torch.tensor(inputs, dtype=torch.int64, device=device),
-        target_ids=torch.tensor(target_ids, dtype=torch.int64, device=device),
+        inputs=to_device(inputs, device),
+        target_ids=to_device(target_ids, device),
+        target_ids_cpu=target_ids,
         counts=counts,
         top=top,
     )
@@ -72,7 +74,7 @@ def prompt_targets(
 def read_top(
     reqs: Sequence[Req], wanted: TopRows | None, top: TokenLogprobs | None
 ) -> dict[int, Alternatives]:
-    """Row → alternatives, for the rows that want any. Waits for the device."""
+    """Row → alternatives, for the rows that want any; `top` on the host."""
     if wanted is None or top is None:
         return {}
     found = _alternatives(top)
@@ -84,13 +86,13 @@ def read_top(
 def take_prompt_logprobs(
     reqs: Sequence[Req], targets: PromptTargets | None, judged: TokenLogprobs | None
 ) -> None:
-    """Gives each request the prompt tokens that this extend judged. Waits for the device."""
+    """Gives each request the prompt tokens that this extend judged; `judged` on the host."""
     for req in reqs:
         if req.wants_prompt_logprobs and not req.prompt_tokens:
             req.prompt_tokens.append(PromptToken(req.origin_input_ids[0], None, ()))
     if targets is None or judged is None:
         return
-    ids: list[int] = targets.target_ids.tolist()
+    ids = targets.target_ids_cpu
     chosen: list[float] = judged.chosen.tolist()
     found = _alternatives(judged)
     start = 0

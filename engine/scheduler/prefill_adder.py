@@ -1,125 +1,22 @@
 """Decides which waiting requests the next prefill takes (scheduling.md section 3).
 
-The adder spends budgets: memory that is there now (`cur_rem_tokens`), memory that will be left
-when everybody admitted has grown (`rem_total_tokens`), and work for one pass (`rem_input_tokens`,
-`rem_chunk_tokens`). What is free is re-read at each use, since locking a prefix shrinks it.
+The adder spends budgets (`PrefillBudgets`): memory that is there now (`cur_rem_tokens`), memory
+that will be left when everybody admitted has grown (`rem_total_tokens`), and work for one pass
+(`rem_input_tokens`, `rem_chunk_tokens`).
 """
 
-import math
-from enum import Enum, auto
-
-from engine.memory.page_allocator import PageAllocator
-from engine.memory.prefix_cache import BasePrefixCache
+from engine.memory.prefix_cache import LoadBack
+from engine.memory.retracted_kv import KeptState
+from engine.scheduler.preemption import choose_victims
+from engine.scheduler.prefill_budgets import AddReqResult, PrefillBudgets
 from engine.scheduler.req import Req
 from engine.scheduler.schedule_batch import ScheduleBatch
 
-
-class AddReqResult(Enum):
-    CONTINUE = auto()
-    """Taken; there may be room for more."""
-    NO_TOKEN = auto()
-    """KV memory is spent (with or without this request)."""
-    OTHER = auto()
-    """This pass's work is spent."""
+__all__ = ["AddReqResult", "PrefillAdder"]
 
 
-class PrefillAdder:
+class PrefillAdder(PrefillBudgets):
     """One pass's admissions; made anew for each."""
-
-    def __init__(
-        self,
-        page_size: int,
-        tree_cache: BasePrefixCache,
-        token_to_kv_pool_allocator: PageAllocator,
-        running_batch: ScheduleBatch,
-        new_token_ratio: float,
-        rem_input_tokens: int,
-        rem_chunk_tokens: int | None,
-        mixed_with_decode_tokens: int = 0,
-        *,
-        prefill_only: bool = False,
-        reserved_tokens: int = 0,
-        truncation_align_size: int | None = None,
-    ) -> None:
-        """`mixed_with_decode_tokens`: rows of running requests that may join this step.
-        `prefill_only`: requests leave after their first token, so that is all they may grow.
-        `reserved_tokens`: free memory that is promised to tickets.
-        """
-        self.page_size = page_size
-        self.tree_cache = tree_cache
-        self.token_to_kv_pool_allocator = token_to_kv_pool_allocator
-        self.running_batch = running_batch
-        self.new_token_ratio = new_token_ratio
-        self.prefill_only = prefill_only
-        self.reserved_tokens = reserved_tokens
-        self.truncation_align_size = truncation_align_size
-
-        self.rem_input_tokens = rem_input_tokens - mixed_with_decode_tokens
-        self.rem_chunk_tokens = rem_chunk_tokens
-        if self.rem_chunk_tokens is not None:
-            self.rem_chunk_tokens -= mixed_with_decode_tokens
-        self._total_offset = mixed_with_decode_tokens + sum(
-            self._expected_growth(req) for req in running_batch.reqs
-        )
-        self._cur_offset = mixed_with_decode_tokens
-
-        self.can_run_list: list[Req] = []
-        self.new_chunked_req: Req | None = None
-        self.chunked_req_goes_on = False
-        """The chunked request of earlier passes is still not done, so no other may be truncated."""
-        self.log_hit_tokens = 0
-        self.log_input_tokens = 0
-
-    # ---- budgets
-
-    @property
-    def available_tokens(self) -> int:
-        """A: what is free or evictable and not promised."""
-        return (
-            self.token_to_kv_pool_allocator.available_size()
-            + self.tree_cache.evictable_size()
-            - self.reserved_tokens
-        )
-
-    @property
-    def rem_total_tokens(self) -> int:
-        """What is left when everybody has grown as expected."""
-        return math.floor(self.available_tokens - self._total_offset)
-
-    @property
-    def cur_rem_tokens(self) -> int:
-        """What is left after this pass."""
-        return self.available_tokens - self._cur_offset
-
-    def budget_state(self) -> AddReqResult:
-        if self.rem_total_tokens <= 0 or self.cur_rem_tokens <= 0:
-            return AddReqResult.NO_TOKEN
-        if self.rem_input_tokens <= 0:
-            return AddReqResult.OTHER
-        if self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0:
-            return AddReqResult.OTHER
-        return AddReqResult.CONTINUE
-
-    def ceil_page(self, tokens: int) -> int:
-        return -(-tokens // self.page_size) * self.page_size
-
-    def _growth(self, req: Req) -> int:
-        return 1 if self.prefill_only else req.clipped_new_tokens
-
-    def _expected_growth(self, req: Req) -> float:
-        ratio = 1.0 if req.sampling_params.ignore_eos else self.new_token_ratio
-        return req.clipped_new_tokens * ratio
-
-    def _charge(self, req: Req, growth: int) -> None:
-        extend = self.ceil_page(req.extend_input_len)
-        self._total_offset += extend + growth + self.page_size
-        self._cur_offset += extend + self.page_size
-        self.rem_input_tokens -= extend
-        if self.rem_chunk_tokens is not None:
-            self.rem_chunk_tokens -= extend
-        self.log_hit_tokens += req.prefix_len
-        self.log_input_tokens += req.extend_input_len
-        self.can_run_list.append(req)
 
     # ---- admissions
 
@@ -133,8 +30,9 @@ class PrefillAdder:
         if self.rem_chunk_tokens is not None:
             take = min(take, self.rem_chunk_tokens)
         if take < rest:
-            end = (req.prefix_len + max(take, 0)) // self.page_size * self.page_size
-            take = end - req.prefix_len
+            aligned = self._truncated(req, take, self.truncation_align_size)
+            # Where memory is so short that nothing aligned is left, less keeps it going.
+            take = aligned or self._truncated(req, take)
         if take <= 0:
             self.chunked_req_goes_on = True
             return req
@@ -145,87 +43,181 @@ class PrefillAdder:
 
     def add_req(self, req: Req) -> AddReqResult:
         """Matches a waiting request against the tree and admits it if it fits; whether it did
-        shows in `can_run_list`. A refused one is left owning nothing.
+        shows in `can_run_list`. One that does not, or that waits for another's prefix, is left
+        owning nothing, but for the pages that are being loaded for it.
         """
+        match self._kept_state(req):
+            case KeptState.SAVING | KeptState.LOADING:
+                return self._pass_over(req)
+            case KeptState.LOADED:
+                return self._add_restored_req(req)
         req.init_next_round_input(self.tree_cache)
-        admitted = len(self.can_run_list)
-        result = self.add_one_req(req)
-        if len(self.can_run_list) == admitted:
+        if self.shared is not None and self.shared.hold_back(req):
             req.drop_match()
+            return AddReqResult.CONTINUE
+        result = self.add_one_req(req)
+        if not self.admitted_last(req):
+            if self._kept_state(req) is not KeptState.LOADING:
+                req.drop_match()
+            return result
+        if self._retracted is not None:
+            self._retracted.claim(req)
+        if self.shared is not None:
+            self.shared.admitted(req)
         return result
+
+    def admitted_last(self, req: Req) -> bool:
+        """Whether `req` is the one that was admitted last."""
+        return bool(self.can_run_list) and self.can_run_list[-1] is req
 
     def add_one_req(self, req: Req) -> AddReqResult:
         """Admits a matched request, whole or its first chunk, and locks its prefix."""
         if req.sampling_params.ignore_eos and self.tree_cache.disable:
             return self.add_one_req_ignore_eos(req)
-        needed = req.extend_input_len + self._growth(req) + self.page_size
-        if needed >= self.rem_total_tokens and not self._fits_alone(req):
+        if not self._fits(req):
             return AddReqResult.NO_TOKEN
         self._lock(req)
-        if needed >= self.rem_total_tokens and not self._fits_alone(req):
+        if not self._fits(req):
             self._unlock(req)
             return AddReqResult.NO_TOKEN
-        return self._take(req)
+        return self._load_and_take(req)
 
     def add_one_req_ignore_eos(self, req: Req) -> AddReqResult:
         """Admits a request whose output length is known, without a tree: at each moment until all
         known ones have ended, memory must cover the next step of those that go on.
         """
-        extend = self.ceil_page(req.extend_input_len)
-        if extend > min(self.cur_rem_tokens, self.rem_total_tokens):
-            return AddReqResult.NO_TOKEN
-        if not self._survives(req) and not self._fits_alone(req):
+        if not self._fits(req):
             return AddReqResult.NO_TOKEN
         self._lock(req)
+        return self._load_and_take(req)
+
+    # ---- KV in host memory
+
+    def _kept_state(self, req: Req) -> KeptState | None:
+        return None if self._retracted is None else self._retracted.state(req)
+
+    def _load_and_take(self, req: Req) -> AddReqResult:
+        """Takes a request that fits and whose prefix is locked, once what host memory has of it is
+        back: all or nothing. While that is on its way the request is passed over."""
+        if self._retracted is not None and self._kept_state(req) is KeptState.SAVED:
+            match self._retracted.load(req):
+                case LoadBack.PENDING:
+                    return self._pass_over(req)
+                case LoadBack.DONE:
+                    return self._add_restored_req(req)
+            if req.last_node is None:  # what was kept is spoilt, and all of it is forgotten
+                req.init_next_round_input(self.tree_cache)
+                self._lock(req)
+        if req.host_hit_len > 0 and req.last_host_node is not None:
+            match self.tree_cache.load_back(req.last_host_node):
+                case LoadBack.PENDING:
+                    self._unlock(req)
+                    return self._pass_over(req)
+                case LoadBack.DONE:
+                    device_part = req.last_node
+                    req.init_next_round_input(self.tree_cache)
+                    self._lock(req)
+                    if device_part is not None:
+                        self.tree_cache.dec_lock_ref(device_part)
         return self._take(req)
 
-    def _survives(self, candidate: Req) -> bool:
-        rows = [(self._expected_growth(req), req.seqlen) for req in self.running_batch.reqs]
-        for req in [*self.can_run_list, candidate]:
-            growth = 1.0 if self.prefill_only else self._expected_growth(req)
-            rows.append((growth, req.seqlen))
-        rows.sort()
-        free = float(self.cur_rem_tokens - self.ceil_page(candidate.extend_input_len))
-        free -= sum(  # the later chunks of a prompt that is not done
-            r.seqlen - r.prefix_len - r.extend_input_len for r in self.can_run_list
-        )
-        for i, (tokens_left, occupied) in enumerate(rows):
-            going_on = len(rows) - i
-            # A page each, as growth takes whole pages.
-            if free - tokens_left * going_on < self.page_size * going_on:
-                return False
-            free += occupied
-        return True
+    def _pass_over(self, req: Req) -> AddReqResult:
+        """Nobody behind it may take the room that a request needs whose KV is on its way."""
+        self._passed_over = True
+        growth = self._growth(req)
+        rest = self.ceil_page(req.seqlen - len(req.pages) * self.page_size - req.host_hit_len)
+        self._total_offset += max(rest, 0) + growth + self.page_size
+        self._cur_offset += max(rest, 0) + self.page_size
+        return AddReqResult.CONTINUE
 
-    def _fits_alone(self, req: Req) -> bool:
-        """Whether an otherwise empty engine holds this request to its end. The budgets keep a page
-        more per request than it needs, which must not shut out one that fills the memory.
-        """
-        if self.can_run_list or self.chunked_req_goes_on or not self.running_batch.is_empty():
-            return False
-        return self.ceil_page(req.extend_input_len + self._growth(req)) <= self.available_tokens
+    def _add_restored_req(self, req: Req) -> AddReqResult:
+        """Admits a retracted request whose KV has come back: its last token is all that is
+        computed. If that does not fit, its pages go back; its KV stays in host memory."""
+        retracted = self._retracted
+        req.init_next_round_input()
+        fits = self._fits(req)
+        if retracted is None or not fits or self._extend_now(req) < req.extend_input_len:
+            if retracted is not None:
+                retracted.put_back(req)
+            return AddReqResult.OTHER if fits else AddReqResult.NO_TOKEN
+        retracted.claim(req)
+        return self._take(req)
 
     def _take(self, req: Req) -> AddReqResult:
         """The whole request if this pass's work allows, else a first chunk of it."""
-        extend = req.extend_input_len
-        if self.rem_chunk_tokens is None:
-            # An over-long first request passes, or it would starve.
-            if self.ceil_page(extend) > self.rem_input_tokens and self.can_run_list:
-                self._unlock(req)
-                return AddReqResult.OTHER
-        elif extend > self.rem_chunk_tokens:
-            req.extend_input_len = self._truncated(req, self.rem_chunk_tokens)
-            if req.extend_input_len <= 0 or self.chunked_req_goes_on:
-                self._unlock(req)
-                return AddReqResult.OTHER
+        extend = self._extend_now(req)
+        if extend <= 0:
+            self._unlock(req)
+            return AddReqResult.OTHER
+        if extend < req.extend_input_len:
+            req.extend_input_len = extend
             self.new_chunked_req = req
+        if req.last_node is not None:
+            self.tree_cache.record_hit(req.last_node)
         self._charge(req, growth=0 if self.new_chunked_req is req else self._growth(req))
         return self.budget_state()
 
-    def _truncated(self, req: Req, budget: int) -> int:
-        length = max(budget, 0) // self.page_size * self.page_size
-        if self.truncation_align_size is not None:
-            length = length // self.truncation_align_size * self.truncation_align_size
+    def _extend_now(self, req: Req) -> int:
+        """How much of the request this pass's work allows; 0: nothing."""
+        extend = req.extend_input_len
+        if self.rem_chunk_tokens is None:
+            # An over-long first request passes, or it would starve.
+            over_long = self.ceil_page(extend) > self.rem_input_tokens
+            return 0 if over_long and self.can_run_list else extend
+        if extend <= self.rem_chunk_tokens:
+            return extend
+        if self.chunked_req_goes_on:
+            return 0
+        return self._truncated(req, self.rem_chunk_tokens, self.truncation_align_size)
+
+    # ---- preemption
+
+    def preempt_to_schedule(self, req: Req, threshold: int, *, slots_needed: int = 0) -> bool:
+        """Makes room for a waiting request: sends running ones back that are strictly less
+        important by more than `threshold`, the least important and newest first, until memory
+        holds `req` and `slots_needed` places are free. False: all of them would not do, and none
+        is touched. A victim's KV stays in the tree as far as there is room.
+
+        Called between two steps that are both handled: a victim has its last token, and none that
+        has ended is among them.
+        """
+        if self._kept_state(req) in (KeptState.SAVING, KeptState.LOADING, KeptState.LOADED):
+            return False  # its KV is on its way; it is looked at again when it is there
+        req.init_next_round_input(self.tree_cache)
+        if self.shared is not None and self.shared.hold_back(req):
+            req.drop_match()
+            return False
+        self._lock(req)
+        victims: list[Req] = []
+        if self._extend_now(req) > 0:
+            victims = choose_victims(
+                (r for r in self.running_batch.reqs if r.priority - req.priority > threshold),
+                page_size=self.page_size,
+                enough=lambda victims, freed_tokens: (
+                    len(victims) >= slots_needed
+                    and self._fits(req, without=victims, freed_tokens=freed_tokens)
+                ),
+            )
+        self._total_offset -= self._growth_of(victims)
+        for victim in victims:
+            self.running_batch.release_req(victim, returns=True)
+            victim.reset_for_retract()
+        self._unlock(req)
+        req.drop_match()
+        if not victims:
+            return False
+        gone = set(victims)
+        self.preempt_list.extend(victims)
+        self.running_batch.filter_batch(
+            keep_indices=[i for i, r in enumerate(self.running_batch.reqs) if r not in gone]
+        )
+        return True
+
+    def _truncated(self, req: Req, budget: int, align: int | None = None) -> int:
+        """Of `budget` tokens, as many as end with a whole page, in multiples of `align`."""
+        length = max(budget, 0)
+        if align is not None:
+            length = length // self.page_size * self.page_size // align * align
         end = (req.prefix_len + length) // self.page_size * self.page_size
         return end - req.prefix_len
 
@@ -245,6 +237,7 @@ class PrefillAdder:
             reqs=self.can_run_list,
             memory=self.running_batch.memory,
             vocab_size=self.running_batch.vocab_size,
+            enable_overlap=self.running_batch.enable_overlap,
             is_prefill_only=self.prefill_only,
             chunked_req=self.new_chunked_req,
         )

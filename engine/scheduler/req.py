@@ -4,6 +4,9 @@ import time
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 
+from engine.errors import EngineError
+from engine.grammar.backend import GrammarMatcher
+from engine.memory.chain_hash import namespace_key
 from engine.memory.prefix_cache import BasePrefixCache, TreeNode
 from engine.sampling_params import SamplingParams
 from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
@@ -13,7 +16,7 @@ from engine.types import RequestId
 
 class FinishReason(Enum):
     STOP = "stop"
-    """A stop token or the model's end of sequence."""
+    """A stop token, the model's end of sequence, or a grammar after which nothing may follow."""
     LENGTH = "length"
     """max_new_tokens, or the end of the context."""
     ABORT = "abort"
@@ -35,6 +38,8 @@ class RequestPhase(Enum):
     """KV arrived by transfer; joins the running batch on the next pass."""
     TRANSFERRING = auto()
     """Prompt done on a prefill-only worker; keeps row and pages until the role lets go."""
+    ENDING = auto()
+    """Ended, but a launched step still touches its pages; they go back when that has ended."""
     HELD = auto()
     """Ended, but somebody still reads its pages."""
     ENDED = auto()
@@ -60,10 +65,14 @@ class Req:
         prior_output_ids: Sequence[int] = (),
         priority: int = 0,
         extra_key: str = "",
+        lora_id: str = "",
+        deadline: float | None = None,
         t_arrival: float | None = None,
     ) -> None:
-        """`prior_output_ids`: tokens that the client has from an earlier attempt. `extra_key`: name
-        space of the prefix cache (LoRA id, cache salt). `t_arrival`: `time.monotonic()` seconds.
+        """`prior_output_ids`: tokens that the client has from an earlier attempt. `extra_key`: the
+        cache salt; requests share cached prefixes only within a salt and an adapter. `lora_id`: the
+        adapter, empty for the base model. `deadline`: nobody waits for the answer after it.
+        `t_arrival` and `deadline` are `time.monotonic()` seconds.
         """
         self.rid = rid
         self.origin_input_ids = list(origin_input_ids)
@@ -80,7 +89,15 @@ class Req:
         self.max_new_tokens = sampling_params.max_new_tokens
         """All outputs, replayed ones included; the scheduler lowers it to the context's end."""
         self.priority = priority
-        self.extra_key = extra_key
+        self.lora_id = lora_id
+        self.lora_slot: int | None = None
+        """Where its adapter's weights are, while it is computed; None: not now, or no adapter."""
+        self.deadline = deadline
+        self.extra_key = namespace_key(lora_id, extra_key)
+        """Name space of the prefix cache."""
+        self.grammar: GrammarMatcher | None = None
+        """Where its grammar stands after `output_ids`; None: it has none, or it compiles still.
+        A step that draws for it needs the previous token first (scheduling.md section 7)."""
 
         self.phase = RequestPhase.WAITING
         self.finish_reason: FinishReason | None = None
@@ -98,8 +115,19 @@ class Req:
         """The tree node this request locks; None: it locks nothing."""
         self.tree_len = 0
         """Tokens in pages that belong to the prefix tree; whole pages."""
+        self.host_hit_len = 0
+        """Tokens right behind the match whose KV is in host memory only."""
+        self.last_host_node: TreeNode | None = None
+        """The tree node where those end."""
         self.kv_committed_len = 0
-        """Tokens whose KV exists, or is written by the step that was launched last."""
+        """Tokens whose KV exists, or is written by a launched step. With overlap that may be one
+        token more than are known."""
+        self.kv_ready_from = 0
+        self.kv_ready_len = 0
+        """The extend whose result was handled last wrote the KV of positions `kv_ready_from ..
+        kv_ready_len - 1`; that of the positions before existed. Decode steps leave both alone."""
+        self.in_flight = 0
+        """Launched steps with this request whose results are not handled yet."""
         self.prefix_len = 0
         """Tokens whose KV existed before the current extend."""
         self.extend_input_len = 0
@@ -136,8 +164,22 @@ class Req:
         """All tokens so far: what an extend must have KV for."""
         return self.origin_input_ids + self.output_ids
 
+    @property
+    def grammar_error(self) -> EngineError | None:
+        """Why its grammar cannot go on."""
+        return self.grammar.error if self.grammar is not None else None
+
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def takes_no_step(self) -> bool:
+        """Whether no further step is for it: it is finished, or its launched step draws the last
+        token that its length allows. Asked between passes of a request that is past its prompt."""
+        return (
+            self.finish_reason is not None
+            or len(self.output_ids) + self.in_flight >= self.max_new_tokens
+        )
 
     @property
     def remaining_new_tokens(self) -> int:
@@ -186,6 +228,9 @@ class Req:
             self.pages = list(match.pages)
             self.last_node = match.last_node
             self.tree_len = self.kv_committed_len = len(match.pages) * tree_cache.page_size
+            self.host_hit_len = match.host_hit_pages * tree_cache.page_size
+            self.last_host_node = match.last_host_node
+            self.kv_ready_from = self.kv_ready_len = self.tree_len
         self.prefix_len = self.kv_committed_len
         self.extend_input_len = self.seqlen - self.prefix_len
 
@@ -199,27 +244,47 @@ class Req:
     def drop_match(self) -> None:
         """Forgets a match that was not locked."""
         self.pages = []
-        self.last_node = None
+        self.last_node = self.last_host_node = None
         self.tree_len = self.kv_committed_len = self.prefix_len = self.extend_input_len = 0
+        self.kv_ready_from = self.kv_ready_len = self.host_hit_len = 0
+
+    def resume_at(self, kv_len: int) -> None:
+        """Called when the KV of a retracted request's first `kv_len` tokens is in its pages again:
+        the next extend computes the rest."""
+        self.kv_committed_len = self.kv_ready_from = self.kv_ready_len = kv_len
 
     def append_output(self, token: int, logprob: float | None) -> None:
-        """Takes the token drawn after the last one, and sees whether it ends the request."""
+        """Takes the token drawn after the last one, and sees whether it ends the request. The one
+        place where a grammar goes on, so that it does exactly once a token, wherever it was drawn.
+        """
         self.output_ids.append(token)
+        if self.grammar is not None:
+            self.grammar.advance(token)
         if self.t_first_token == 0.0:
             self.t_first_token = time.monotonic()
         if logprob is not None and self.sampling_params.wants_logprobs:
             self.logprobs.append(logprob)
-        self.check_finished()
+        if (
+            token in self.stop_token_ids
+            or len(self.output_ids) >= self.max_new_tokens
+            or self.grammar is not None
+        ):
+            self.check_finished()
 
     def check_finished(self) -> None:
         """Sets the reason if the last output ends the request. A stop token counts before the
-        length, as a client that sees both wants to know that the text is complete.
+        length, as a client that sees both wants to know that the text is complete; so does the end
+        of a grammar after which nothing may follow, with or without a token that says so.
         """
         if self.finished() or not self.output_ids:
             return
-        if self.output_ids[-1] in self.stop_token_ids:
+        if self.grammar_error is not None:
+            self.finish_reason = FinishReason.ERROR
+        elif self.output_ids[-1] in self.stop_token_ids:
             self.finish_reason = FinishReason.STOP
             self.stop_token = self.output_ids[-1]
+        elif self.grammar is not None and self.grammar.is_complete:
+            self.finish_reason = FinishReason.STOP
         elif len(self.output_ids) >= self.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
 

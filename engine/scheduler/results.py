@@ -1,56 +1,66 @@
 """Turns what the device drew into outputs, endings and handovers."""
 
-from engine.execution.forward_batch import ForwardResult
 from engine.memory.pools import MemoryPools
+from engine.scheduler.in_flight import ExtendSpan, StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
 from engine.scheduler.logprobs import Alternatives, read_top, take_prompt_logprobs
 from engine.scheduler.req import FinishReason, Req
 from engine.scheduler.role import SchedulerRole
-from engine.scheduler.schedule_batch import ScheduleBatch
 from engine.scheduler.step_result import TokenOutput
 
 
 class ResultProcessor:
-    """Called once after each forward, with the batch it ran."""
+    """Called once for each forward, in the order of their launches, when it has ended; with
+    overlap, the next one was launched before."""
 
     def __init__(
-        self, lifecycle: RequestLifecycle, memory: MemoryPools, role: SchedulerRole
+        self,
+        lifecycle: RequestLifecycle,
+        memory: MemoryPools,
+        role: SchedulerRole,
+        in_flight: StepsInFlight,
     ) -> None:
         self._lifecycle = lifecycle
         self._memory = memory
         self._role = role
+        self._in_flight = in_flight
 
-    def process(self, batch: ScheduleBatch, result: ForwardResult) -> None:
-        """Reads the result, which waits for the device. Rows that end stay in the batch until it
-        is filtered, so that its tensors and its requests keep one order.
+    def process_oldest(self) -> None:
+        """Waits for the oldest launched step and hands out what it drew. A request that was
+        launched once more than it lived is passed over; its pages go back with the last step.
         """
-        batch.output_ids = result.next_token_ids
+        step, result = self._in_flight.oldest_ended()
+        for req, span in zip(step.split_reqs, step.spans, strict=False):
+            if not req.finished():
+                self._role.on_layers_done(req, layers=step.layers, start=span.start, end=span.end)
         tokens: list[int] = result.next_token_ids.tolist()
         logprobs: list[float | None]
         logprobs = [None] * len(tokens) if result.logprobs is None else result.logprobs.tolist()
-        sampling = batch.sampling
-        top = read_top(batch.reqs, sampling.top if sampling is not None else None, result.top)
-        num_extends = 0
-        if batch.forward_mode.is_extend():
-            num_extends = len(batch.reqs) - batch.num_decode_rows
-            take_prompt_logprobs(batch.reqs, batch.prompt_targets, result.prompt)
-        for i, (req, token, logprob) in enumerate(zip(batch.reqs, tokens, logprobs, strict=True)):
-            if req.finished():
-                continue  # aborted by the role, in the hook of a row before
-            if i < num_extends:
-                self._process_extend(req, token, logprob, top.get(i, ()))
+        top = read_top(step.reqs, step.top, result.top)
+        spans = step.spans
+        if spans:
+            take_prompt_logprobs(step.reqs, step.prompt_targets, result.prompt)
+        ended = self._lifecycle.on_step_ended
+        for i, (req, token, logprob) in enumerate(zip(step.reqs, tokens, logprobs, strict=True)):
+            if req.finish_reason is not None:
+                if i < len(spans) and not self._role.decodes:
+                    # Nobody told the role of these pages, so the tree must not lend them.
+                    req.kv_committed_len = min(req.kv_committed_len, spans[i].start)
+                ended(req)
+                continue
+            req.in_flight -= 1
+            if i < len(spans):
+                self._process_extend(req, spans[i], token, logprob, top.get(i, ()))
             else:
                 self._take_token(req, token, logprob, top.get(i, ()))
-                if req.finished():
+                if req.finish_reason is not None:
                     self._lifecycle.finish(req)
-        self._lifecycle.events.num_input_tokens += (
-            batch.extend_num_tokens if num_extends else len(batch.reqs)
-        )
 
     def _process_extend(
-        self, req: Req, token: int, logprob: float | None, top: Alternatives
+        self, req: Req, span: ExtendSpan, token: int, logprob: float | None, top: Alternatives
     ) -> None:
-        if not req.prompt_done:
+        req.kv_ready_from, req.kv_ready_len = span.start, span.end
+        if not span.draws:
             self._role.on_extend_result(req, prompt_done=False, token=None, logprob=None)
             return
         shown = self._take_token(req, token, logprob, top)
@@ -60,17 +70,25 @@ class ResultProcessor:
         if req.finished():
             self._lifecycle.finish(req)
         elif not self._role.decodes:
+            # Others with the same prompt need not wait for the transfer's end.
+            self._in_flight.cache_unfinished_req(req, replace_duplicates=False)
             self._lifecycle.hand_over(req)
         else:
             # Others with the same prompt need not wait for this one's end.
-            self._memory.tree_cache.cache_unfinished_req(req)
+            self._in_flight.cache_unfinished_req(req)
 
     def _take_token(
         self, req: Req, token: int, logprob: float | None, top: Alternatives
     ) -> float | None:
-        shown = logprob if req.sampling_params.wants_logprobs else None
+        shown = None
+        if logprob is not None and req.sampling_params.wants_logprobs:
+            shown = logprob
         req.append_output(token, shown)
-        prompt, req.prompt_tokens = req.prompt_tokens or None, []
+        prompt = None
+        if req.prompt_tokens:
+            prompt, req.prompt_tokens = req.prompt_tokens, []
+        if req.grammar is not None and req.grammar_error is not None:
+            return shown  # what was drawn is no output
         self._lifecycle.events.outputs.append(
             TokenOutput(
                 rid=req.rid,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from engine.errors import EngineError
     from engine.scheduler.admission import Promise
     from engine.scheduler.req import Req
     from engine.scheduler.scheduler import Scheduler
@@ -39,16 +40,30 @@ class SchedulerRole:
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
-        """Called after each extend of a request, before anything else happens to it: the KV of its
-        first `req.kv_committed_len` tokens is computed, in `scheduler.request_pages(req)`.
+        """Called when an extend of a request has ended: the KV of its first `req.kv_ready_len`
+        tokens is computed, in `scheduler.request_pages(req)`; this extend computed that from
+        `req.kv_ready_from` on. (With overlap the next extend may be under way, and
+        `kv_committed_len` and `prefix_len` are its.) Not called for a request that has been aborted
+        meanwhile; none of what it computed in this extend is lent to others then.
         `prompt_done`: `token` was drawn, and `req.finished()` says whether it was the last one.
         Also called for prompts that are computed again after a retraction. May call
         `abort_request`, for this request or others.
         """
 
+    def on_layers_done(self, req: Req, *, layers: range, start: int, end: int) -> None:
+        """Called when a part of an extend that runs a few layers at a time has ended: `layers` of
+        the KV of positions `start .. end - 1` are computed, in `req.pages`, and may leave. Called
+        for all layers in order, then `on_extend_result`; not for a request that has been aborted.
+        May call `abort_request`.
+        """
+
     def on_request_aborted(self, req: Req) -> None:
         """Called when a request ends without being finished (`abort_request`, or an error of the
         engine), before its pages are given back."""
+
+    def on_grammar_failed(self, req: Req, error: EngineError) -> None:
+        """Called when the grammar of a request that `Scheduler.prepare_grammar` was told of, and
+        that has not been added since, is wrong or cannot be compiled. The role ends it."""
 
     def retain_pages(self, req: Req) -> bool:
         """Asked when a request has ended (finished, aborted, failed), before its pages are given

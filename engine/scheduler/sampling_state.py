@@ -7,12 +7,15 @@ step builds no tensor here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from engine.execution.device import to_device
 from engine.execution.forward_batch import SamplingBatch
+from engine.execution.logit_edits import LogitEdits
 from engine.scheduler.edit_state import EditState
+from engine.scheduler.grammar_rows import GrammarRows
 from engine.scheduler.logprobs import top_rows
 from engine.scheduler.req import Req
 
@@ -42,6 +45,7 @@ class SamplingState:
         seed: torch.Tensor,
         wishes: list[_Wishes],
         edits: EditState,
+        grammars: GrammarRows,
     ) -> None:
         self._temperature = temperature
         self._top_p = top_p
@@ -50,6 +54,7 @@ class SamplingState:
         self._seed = seed
         self._wishes = wishes
         self._edits = edits
+        self._grammars = grammars
         self._all_greedy = all(w.greedy for w in wishes)
         self._any_top_k = any(w.top_k for w in wishes)
         self._any_top_p = any(w.top_p for w in wishes)
@@ -65,14 +70,14 @@ class SamplingState:
         seeds = [p.seed - 2**64 if p.seed >= 2**63 else p.seed for p in params]
 
         def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return to_device(values, device, torch.float32)
 
         return cls(
             temperature=column([p.temperature for p in params]),
             top_p=column([p.top_p for p in params]),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+            top_k=to_device([p.top_k for p in params], device),
             min_p=column([p.min_p for p in params]),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            seed=to_device(seeds, device),
             wishes=[
                 _Wishes(
                     greedy=p.is_greedy,
@@ -85,6 +90,7 @@ class SamplingState:
                 for p in params
             ],
             edits=EditState.of(reqs, device, vocab_size=vocab_size),
+            grammars=GrammarRows.of(reqs, device),
         )
 
     def filter(self, keep: list[int], keep_on_device: torch.Tensor) -> SamplingState:
@@ -97,6 +103,7 @@ class SamplingState:
             seed=self._seed[keep_on_device],
             wishes=[self._wishes[i] for i in keep],
             edits=self._edits.filter(keep),
+            grammars=self._grammars.filter(keep),
         )
 
     def merge(self, other: SamplingState) -> SamplingState:
@@ -109,14 +116,23 @@ class SamplingState:
             seed=torch.cat([self._seed, other._seed]),
             wishes=self._wishes + other._wishes,
             edits=self._edits.merge(other._edits),
+            grammars=self._grammars.merge(other._grammars),
         )
 
     def count(self, drawn: torch.Tensor) -> None:
         """`drawn` [b] int64, the tokens drawn last, are inputs of the next step."""
         self._edits.count(drawn)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next draw depends on the tokens drawn last (a grammar's mask does)."""
+        return self._grammars.mask is not None
+
     def at(self, position: torch.Tensor) -> SamplingBatch:
         """The batch for drawing tokens at `position` ([b] int64, absolute)."""
+        edits = self._edits.edits
+        if self._grammars.mask is not None:
+            edits = replace(edits or LogitEdits(), mask=self._grammars.mask)
         return SamplingBatch(
             temperature=self._temperature,
             top_p=self._top_p,
@@ -128,6 +144,6 @@ class SamplingState:
             any_top_k=self._any_top_k,
             any_top_p=self._any_top_p,
             any_logprobs=self.any_logprobs,
-            edits=self._edits.edits,
+            edits=edits,
             top=self.top,
         )

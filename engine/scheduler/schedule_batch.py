@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.errors import EngineError
+from engine.execution.device import moved, to_device
 from engine.execution.forward_batch import ForwardBatch, ForwardMode, PromptTargets
 from engine.memory.req_to_token import page_slots
 from engine.scheduler.batch_memory import BatchMemory
@@ -73,6 +74,9 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     num_decode_rows: int = 0
     """Of a MIXED batch: its last rows, which come from the running batch."""
     sampling: SamplingState | None = None
+    _endings_seen: int = field(default=0, init=False)
+    _steps_left: int = field(default=0, init=False)
+    """See `drop_ended`; 0: not known."""
     prompt_targets: PromptTargets | None = None
     """Prompt tokens that this step judges, where somebody asked."""
 
@@ -81,6 +85,11 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
         return any(
             req.sampling_params.wants_logprobs or req.wants_prompt_logprobs for req in self.reqs
         )
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Of the step that was prepared."""
+        return self.extend_num_tokens if self.forward_mode.is_extend() else len(self.reqs)
 
     # ---- preparing a step
 
@@ -120,24 +129,23 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             req.kv_committed_len = end
 
         self.describe_rows([r.req_pool_idx for r in self.reqs if r.req_pool_idx is not None], ends)
-        self.input_ids = torch.tensor(input_ids, dtype=torch.int64, device=self.device)
+        self.input_ids = to_device(input_ids, self.device)
         self.output_ids = self.input_ids[:0]  # nothing is drawn yet
-        self.positions = torch.cat(
-            [torch.arange(p, e) for p, e in zip(self.prefix_lens, ends, strict=True)]
-        ).to(self.device)
-        self.out_cache_loc = torch.cat(slots_of_inputs).to(self.device)
-        self.last_loc = torch.stack([slots[-1] for slots in slots_of_inputs]).to(self.device)
+        positions = [torch.arange(p, e) for p, e in zip(self.prefix_lens, ends, strict=True)]
+        self.positions = moved(torch.cat(positions), self.device)
+        self.out_cache_loc = moved(torch.cat(slots_of_inputs), self.device)
+        last_slots = torch.stack([slots[-1] for slots in slots_of_inputs])
+        self.last_loc = moved(last_slots, self.device)
         self.sampling = SamplingState.of(self.reqs, self.device, vocab_size=self.vocab_size)
         self.prompt_targets = prompt_targets(
             self.reqs, self.prefix_lens, self.extend_lens, self.device
         )
 
     def describe_rows(self, rows: Sequence[int], seq_lens: list[int]) -> None:
-        self.req_pool_indices = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int64, device=self.device)
-        self.orig_seq_lens = torch.tensor(
-            [req.seqlen for req in self.reqs], dtype=torch.int32, device=self.device
-        )
+        self.req_pool_indices = to_device(rows, self.device)
+        self.seq_lens = to_device(seq_lens, self.device)
+        lengths = [req.seqlen for req in self.reqs]
+        self.orig_seq_lens = to_device(lengths, self.device, torch.int32)
         self.seq_lens_sum = sum(seq_lens)
 
     def prepare_for_split_prefill(self) -> None:
@@ -156,8 +164,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             pages = self.alloc_token_slots(len(growing) * page_size)
             for i, page in zip(growing, pages, strict=True):
                 self.reqs[i].pages.append(page)
-            heads = torch.tensor(pages, dtype=torch.int64, device=self.device) * page_size
-            loc[torch.tensor(growing, dtype=torch.int64, device=self.device)] = heads
+            loc[to_device(growing, self.device)] = to_device(pages, self.device) * page_size
         self.out_cache_loc = self.last_loc = loc
         self.req_to_token_pool.write_each(self.req_pool_indices, self.seq_lens, loc)
         self.input_ids = self.output_ids
@@ -168,6 +175,8 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
         self.seq_lens = self.seq_lens + 1
         self.orig_seq_lens = self.orig_seq_lens + 1
         self.seq_lens_sum += len(self.reqs)
+        self._growing = None
+        self._steps_left -= 1
         now = time.monotonic()
         for req in self.reqs:
             req.kv_committed_len += 1
@@ -220,21 +229,40 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
 
     # ---- members
 
+    def drop_ended(self, num_endings: int) -> None:
+        """`filter_batch()` of a batch that decodes, at no cost while nobody can have ended:
+        `num_endings` counts the requests of the engine that ever did, and nobody reaches its length
+        within `_steps_left` steps.
+        """
+        if num_endings == self._endings_seen and self._steps_left > 0:
+            return
+        self.filter_batch()
+        self._endings_seen = num_endings
+        self._steps_left = min(
+            (req.max_new_tokens - len(req.output_ids) - req.in_flight for req in self.reqs),
+            default=0,
+        )
+
     def filter_batch(
         self,
         chunked_req_to_exclude: Collection[Req] = (),
         keep_indices: list[int] | None = None,
     ) -> None:
-        """Drops finished requests and those to exclude, or all but `keep_indices`."""
+        """Drops requests that take no further step and those to exclude, or all but
+        `keep_indices`."""
         if keep_indices is None:
+            # `takes_no_step`, written out: a call a row would cost a pass half of its time.
             keep_indices = [
                 i
                 for i, req in enumerate(self.reqs)
-                if not req.finished() and req not in chunked_req_to_exclude
+                if req.finish_reason is None
+                and len(req.output_ids) + req.in_flight < req.max_new_tokens
+                and req not in chunked_req_to_exclude
             ]
         if len(keep_indices) == len(self.reqs):
             return
-        keep = torch.tensor(keep_indices, dtype=torch.int64, device=self.device)
+        self._growing = None
+        keep = to_device(keep_indices, self.device)
         self.reqs = [self.reqs[i] for i in keep_indices]
         self.req_pool_indices = self.req_pool_indices[keep]
         self.seq_lens = self.seq_lens[keep]
@@ -248,6 +276,8 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     def merge_batch(self, other: ScheduleBatch) -> None:
         """Appends the members of `other`, which must not be used afterwards."""
         self.reqs = self.reqs + other.reqs
+        self._growing = None
+        self._steps_left = 0
         self.req_pool_indices = torch.cat([self.req_pool_indices, other.req_pool_indices])
         self.seq_lens = torch.cat([self.seq_lens, other.seq_lens])
         self.orig_seq_lens = torch.cat([self.orig_seq_lens, other.orig_seq_lens])

@@ -1,36 +1,37 @@
 """The scheduler: one pass decides what runs, runs it, and hands out what came of it.
 
 Single-threaded. It composes: `RequestLifecycle` (who is live), `PrefillAdder` (what a prefill may
-take), `ScheduleBatch` (rows, pages, tensors), `ResultProcessor` (what was drawn). Rules and names
-are the seed's (scheduling.md sections 1 and 2).
+take), `ScheduleBatch` (rows, pages, tensors), `StepsInFlight` (what is launched), `ResultProcessor`
+(what was drawn); how requests come and go is in `SchedulerRequests`. Rules and names are the seed's
+(scheduling.md sections 1 and 2), overlap is section 7.
 """
 
-from collections.abc import Iterator, Sequence
+import time
 
 import torch
 
-from engine.errors import EngineError, OutOfMemoryError, QueueFullError
+from engine.errors import OutOfMemoryError
 from engine.execution.forward_batch import BatchRunner
-from engine.memory.audit import PageCounts, RowCounts
+from engine.grammar.compiler import GrammarCompiler
 from engine.memory.pools import MemoryPools
-from engine.scheduler.admission import DecodeAdmission, unbound_tokens
-from engine.scheduler.balance import MemoryBalance
+from engine.scheduler.admission import (
+    DecodeAdmission,
+    ceil_page,
+    promised_loras,
+    unbound_tokens,
+)
+from engine.scheduler.admit_waiting import WaitingAdmission
 from engine.scheduler.config import SchedulerConfig
-from engine.scheduler.lifecycle import RequestLifecycle
-from engine.scheduler.new_token_ratio import NewTokenRatio
-from engine.scheduler.policy import SchedulePolicy
-from engine.scheduler.prefill_adder import AddReqResult, PrefillAdder
-from engine.scheduler.req import FinishReason, Req, RequestPhase
-from engine.scheduler.results import ResultProcessor
+from engine.scheduler.prefill_adder import PrefillAdder
+from engine.scheduler.req import Req, RequestPhase
+from engine.scheduler.requests import SchedulerRequests
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.schedule_batch import ScheduleBatch
 from engine.scheduler.step_result import StepResult
-from engine.scheduler.validation import validate_memory, validate_request
-from engine.types import RequestId
 
 
-class Scheduler:
-    """All requests of one engine. Every method is called from one thread."""
+class Scheduler(SchedulerRequests):
+    """All requests of one engine, pass by pass. Every method is called from one thread."""
 
     def __init__(
         self,
@@ -39,179 +40,78 @@ class Scheduler:
         memory: MemoryPools,
         role: SchedulerRole | None = None,
         device: torch.device | str = "cpu",
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """Raises `ConfigError` where config, memory and device do not belong together."""
-        validate_memory(config=config, memory=memory, device=torch.device(device))
-        self.config = config
-        self.runner = runner
-        self.memory = memory
-        self.role = role if role is not None else SchedulerRole()
-        self.page_size = config.page_size
-
-        self.waiting_queue: list[Req] = []
-        self.chunked_req: Req | None = None
-        self.running_batch = self._batch_of([])
-        self.last_batch: ScheduleBatch | None = None
-        self.prebuilt: dict[Req, int] = {}
-        """Requests whose KV has arrived, with their first token; they join on the next pass."""
-        self.policy = SchedulePolicy(enable_priority_scheduling=config.enable_priority_scheduling)
-        self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
-        self.num_retractions = 0
+        """`grammars`: None where outputs cannot be constrained. Raises `ConfigError` where config,
+        memory and device do not belong together."""
+        super().__init__(config, runner, memory, role, device, grammars)
         self.admission = DecodeAdmission(self)
-        self._lifecycle = RequestLifecycle(memory, self.role)
-        self._results = ResultProcessor(self._lifecycle, memory, self.role)
-        self._balance = MemoryBalance(self._lifecycle, memory, self.role)
-        self._deferred_aborts: list[Req] = []
         self.role.attach(self)
-
-    # ---- requests come and go
-
-    def check_request(self, req: Req) -> None:
-        """What `add_request` and `add_prebuilt` check first; a role asks before it promises
-        anything. Raises `InvalidRequestError` or `DuplicateRequestError`.
-        """
-        self._lifecycle.check_new(req.rid)
-        validate_request(
-            req,
-            config=self.config,
-            total_tokens=self.memory.allocator.total_tokens,
-            prefill_only=not self.role.decodes,
-        )
-
-    def add_request(self, req: Req) -> None:
-        """Queues a request. Raises `InvalidRequestError`, `DuplicateRequestError` or
-        `QueueFullError`; then nothing of it stays here.
-        """
-        self.check_request(req)
-        if len(self.waiting_queue) >= self.config.max_queued_requests:
-            raise QueueFullError(
-                f"request {req.rid}: {len(self.waiting_queue)} requests wait already, the bound "
-                "(--max-queued-requests); try again later"
-            )
-        self._lifecycle.add(req, RequestPhase.WAITING)
-        self.waiting_queue.append(req)
-
-    def add_prebuilt(self, req: Req, pages: Sequence[int], first_token: int) -> None:
-        """Takes over a request whose prompt's KV (and that of replayed outputs) is in `pages`,
-        which belong to the scheduler from now on. `first_token` was drawn and delivered elsewhere;
-        the first output here is the one after it. Raises like `add_request`, or `EngineError` for
-        pages that do not fit the length, and then takes nothing.
-        """
-        self.check_request(req)
-        if len(pages) != -(-req.seqlen // self.page_size):
-            raise EngineError(
-                f"request {req.rid}: {len(pages)} pages came for {req.seqlen} tokens of KV"
-            )
-        req.pages = list(pages)
-        req.kv_committed_len = req.seqlen
-        self._lifecycle.add(req, RequestPhase.PREBUILT)
-        self.prebuilt[req] = first_token
-
-    def lock_prefix(self, req: Req) -> list[int]:
-        """Locks what the tree has of a request that will come by `add_prebuilt`, in whole pages:
-        the first of the `pages` given later."""
-        req.init_next_round_input(self.memory.tree_cache, computed_here=False)
-        if req.last_node is not None:
-            self.memory.tree_cache.inc_lock_ref(req.last_node)
-        return list(req.pages)
-
-    def unlock_prefix(self, req: Req) -> None:
-        """Undoes `lock_prefix` where the request does not come after all."""
-        if req.last_node is not None:
-            self.memory.tree_cache.dec_lock_ref(req.last_node)
-        req.drop_match()
-
-    def abort_request(self, rid: RequestId) -> bool:
-        """Ends a request in whatever phase it is; no token comes any more. False: it is unknown or
-        over. What a batch still refers to is given back at the start of the next pass, the rest
-        now; `StepResult.aborted` tells.
-        """
-        req = self._lifecycle.live.get(rid)
-        if req is None or req.finished():
-            return False
-        if req.phase in (RequestPhase.CHUNKED, RequestPhase.RUNNING):
-            req.finish_reason = FinishReason.ABORT
-            self._deferred_aborts.append(req)
-            return True
-        if req.phase is RequestPhase.WAITING:
-            self.waiting_queue.remove(req)
-        self.prebuilt.pop(req, None)
-        self._lifecycle.abort(req)
-        return True
-
-    def release_request(self, req: Req) -> None:
-        """For the role: nobody reads this request's pages any more (it may own none). Raises
-        `EngineError` for one that still runs or waits: abort it first."""
-        self._lifecycle.release(req)
-
-    def request_pages(self, req: Req) -> list[int]:
-        """Pages with the KV of the first `req.kv_committed_len` tokens, in order."""
-        return req.pages[: -(-req.kv_committed_len // self.page_size)]
-
-    def find_request(self, rid: RequestId) -> Req | None:
-        """The live request of that id."""
-        return self._lifecycle.live.get(rid)
-
-    @property
-    def transferring(self) -> dict[RequestId, Req]:
-        return self._lifecycle.transferring
-
-    @property
-    def held(self) -> set[Req]:
-        """Ended requests whose pages the role still reads."""
-        return self._lifecycle.held
-
-    def running_requests(self) -> Iterator[Req]:
-        """Those that decode, in a batch or about to join it."""
-        yield from (req for req in self.running_batch.reqs if not req.finished())
-        if self.last_batch is not None and self.last_batch is not self.running_batch:
-            for req in self.last_batch.reqs:
-                if req.phase is RequestPhase.RUNNING and not req.finished():
-                    yield req
-
-    def returning_requests(self) -> Iterator[Req]:
-        """Those that will take memory for their prompt here, now or again."""
-        yield from self.waiting_queue
-        if self.chunked_req is not None:
-            yield self.chunked_req
-
-    def has_work(self) -> bool:
-        """Whether `step` has something to do now. Requests in transfer wait for their role."""
-        return bool(
-            self.waiting_queue
-            or self.chunked_req is not None
-            or self.prebuilt
-            or self._deferred_aborts
-            or self._lifecycle.has_events()
-            or next(self.running_requests(), None) is not None
-            or self.role.has_work()
-        )
 
     # ---- one pass
 
     def step(self) -> StepResult:
-        """One pass: polls the role, chooses a batch, runs it, processes what it drew. Errors of
+        """One pass: polls the role, chooses a batch, launches it, handles what a step drew: this
+        batch's, or with overlap the one's before, while the device computes this one. Errors of
         the runner pass through; the engine cannot go on after one.
         """
+        self._in_flight.clock.pass_begins(time.monotonic())
         self.role.poll()
         batch = self.get_next_batch_to_run()
         if batch is not None:
-            result = self.runner.forward(batch.to_forward_batch())
-            self._results.process(batch, result)
-        self.last_batch = batch
+            self._launch(batch)
+        self.last_batch = None if batch is self._split.batch else batch
+        overlaps = batch is not None and self.config.enable_overlap
+        self._settle_outstanding(but=1 if overlaps else 0)
         return self._lifecycle.take_events()
+
+    def hold_s(self) -> float:
+        """Seconds for which the next `step` may wait without the device waiting for it: time to
+        listen, since who arrives before the launch need not wait for one step more."""
+        return self._in_flight.hold_s() if self.config.enable_overlap else 0.0
+
+    def _launch(self, batch: ScheduleBatch) -> None:
+        """The tokens that the step will draw are inputs of the next one without leaving the
+        device; the host reads them when it gets to it."""
+        if batch is self._split.batch:
+            self._lifecycle.events.num_input_tokens += self._split.launch_part()
+            return
+        result = self.runner.forward(batch.to_forward_batch())
+        batch.output_ids = result.next_token_ids
+        self._in_flight.launched(batch, result)
+        self._lifecycle.events.num_input_tokens += batch.num_input_tokens
+
+    def _settle_outstanding(self, *, but: int = 0) -> None:
+        """Handles the results of launched steps, oldest first, until `but` are left.
+
+        Called with 0, and at the price of this pass's overlap, wherever outputs must be known to
+        the last token: before a retraction or a preemption, since the outputs are prompt then, and
+        before a step in which a grammar decides what may be drawn.
+        """
+        while len(self._in_flight) > but:
+            self._results.process_oldest()
+            self._lifecycle.events.num_handled += 1
 
     def get_next_batch_to_run(self) -> ScheduleBatch | None:
         """Section 1. A new prefill goes first; otherwise the running batch decodes."""
+        if self._in_flight.needs_tokens or self._may_preempt():
+            self._settle_outstanding()
         self._settle_aborts()
-        self.running_batch.filter_batch()
+        self.memory.check_hicache_events()
+        self._take_compiled()
+        self._drop_expired()
+        self.running_batch.drop_ended(self._lifecycle.num_endings)
         self.running_batch.batch_is_full = False
+        if self._split.batch is not None:
+            self._join_prebuilt()
+            decode = self.update_running_batch() if self._split.decode_is_next() else None
+            return decode if decode is not None else self._split.batch
 
         chunked_req_to_exclude: set[Req] = set()
         if self.chunked_req is not None:
             chunked_req_to_exclude.add(self.chunked_req)
             # A prefill-only worker's role may be reading the very pages that would be replaced.
-            self.memory.tree_cache.cache_unfinished_req(
+            self._in_flight.cache_unfinished_req(
                 self.chunked_req, replace_duplicates=self.role.decodes
             )
         last_batch, self.last_batch = self.last_batch, None
@@ -224,6 +124,8 @@ class Scheduler:
         self._join_prebuilt()
 
         new_batch = self.get_new_batch_prefill()
+        if self.memory.retracted is not None:
+            self.memory.retracted.put_back_unclaimed()
         return new_batch if new_batch is not None else self.update_running_batch()
 
     def get_new_batch_prefill(self) -> ScheduleBatch | None:
@@ -232,10 +134,13 @@ class Scheduler:
             return None
         promises = list(self.role.promises())
         allocatable = self.get_num_allocatable_reqs(len(promises))
-        if allocatable <= 0 and self.chunked_req is None:
+        # A victim must have its last token: with a step in flight it is the next pass's.
+        preempting = len(self._in_flight) == 0 and self._may_preempt()
+        if allocatable <= 0 and self.chunked_req is None and not preempting:
             self.running_batch.batch_is_full = True
             return None
-        self.policy.calc_priority(self.waiting_queue)
+        if self._shared is not None:
+            self._shared.begin_pass(self.chunked_req)
         adder = self._make_adder(sum(unbound_tokens(p, self.page_size) for p in promises))
         if self.chunked_req is not None:
             chunked = self.chunked_req
@@ -243,15 +148,22 @@ class Scheduler:
             self.chunked_req = adder.add_chunked_req(chunked)
             if not adder.can_run_list:
                 return None  # parked: nobody may overtake it into the memory it waits for
-        continued = len(adder.can_run_list)
-        for req in self.waiting_queue:
-            if len(adder.can_run_list) - continued >= allocatable:
-                self.running_batch.batch_is_full = True
-                break
-            if adder.add_req(req) is not AddReqResult.CONTINUE:
-                break
+        admission = WaitingAdmission(
+            adder=adder,
+            places=allocatable,
+            lora_slots=self.lora_slots,
+            promised_loras=promised_loras(promises, self.prebuilt),
+            preemption_threshold=(
+                self.config.priority_preemption_threshold if preempting else None
+            ),
+        )
+        admission.run(self.policy.calc_priority(self.waiting_queue))
+        self.running_batch.batch_is_full = admission.out_of_places
         batch = adder.get_batch()
-        return None if batch is None else self._start_prefill(adder, batch)
+        prepared = None if batch is None else self._start_prefill(adder, batch)
+        self.num_preemptions += len(adder.preempt_list)
+        self.waiting_room.put_back(adder.preempt_list)
+        return prepared
 
     def get_num_allocatable_reqs(self, num_promised: int = 0) -> int:
         """Requests that may still join: the running limit and the rows, less what is promised."""
@@ -268,13 +180,21 @@ class Scheduler:
                 self.new_token_ratio.on_idle()
             return None
         reserved = self._promised_tokens()
-        if batch.check_decode_mem(reserved_tokens=reserved):
+        fits = batch.check_decode_mem(reserved_tokens=reserved)
+        if not fits and len(self._in_flight) > 0:
+            # Who has ended gives memory back, and who is retracted must be known to its last token.
+            self._settle_outstanding()
+            batch.filter_batch()
+            if batch.is_empty():
+                return None
+            fits = batch.check_decode_mem(reserved_tokens=reserved)
+        if fits:
             self.new_token_ratio.on_decode()
         else:
             result = batch.retract_decode(reserved_tokens=reserved)
             self.num_retractions += len(result.retracted)
             self.new_token_ratio.on_retraction(result.new_token_ratio)
-            self.waiting_queue.extend(result.retracted)
+            self.waiting_room.put_back(result.retracted)
             if result.does_not_fit is not None and not self._make_last_fit(result.does_not_fit):
                 return None
         batch.prepare_for_decode()
@@ -282,15 +202,43 @@ class Scheduler:
 
     # ---- parts of a pass
 
-    def _batch_of(self, reqs: list[Req]) -> ScheduleBatch:
-        return ScheduleBatch(reqs=reqs, memory=self.memory, vocab_size=self.config.vocab_size)
-
     def _settle_aborts(self) -> None:
         aborts, self._deferred_aborts = self._deferred_aborts, []
         for req in aborts:
             if req is self.chunked_req:
                 self.chunked_req = None
             self._lifecycle.abort(req)
+        if aborts:
+            self._split.drop_if_nobody_waits(self._settle_outstanding)
+
+    def _take_compiled(self) -> None:
+        """Requests whose grammar is compiled join the others; one that is wrong is the client's
+        error."""
+        for req, error, waited_here in self.grammar_queue.settled(time.monotonic()):
+            if self._lifecycle.live.get(req.rid) is not req:
+                if error is not None:
+                    self.role.on_grammar_failed(req, error)
+            elif error is not None:
+                self.prebuilt.pop(req, None)
+                self._lifecycle.fail(req, error)
+            elif waited_here:
+                self.waiting_queue.append(req)
+
+    def _drop_expired(self) -> None:
+        """Before it costs a forward: a request that waits and that nobody waits for any more."""
+        now = time.monotonic()
+        for req in self.waiting_room.expired(now):
+            self._leave_queue(req)
+            self.waiting_room.expire(req, now)
+
+    def _may_preempt(self) -> bool:
+        """Whether somebody who runs could give way to the first who waits; if not to that one, then
+        to none behind it."""
+        first = self.waiting_queue.first()
+        if first is None or not self.config.enable_priority_scheduling or not self.role.decodes:
+            return False
+        above = first.priority + self.config.priority_preemption_threshold
+        return any(req.priority > above for req in self.running_requests())
 
     def _merge_into_running(self, batch: ScheduleBatch) -> None:
         if batch.is_empty():
@@ -303,7 +251,10 @@ class Scheduler:
     def _join_prebuilt(self) -> None:
         """Merges requests that came by transfer, as far as rows reach."""
         rows = self.memory.req_to_token.available_size()
-        joining = [(req, self.prebuilt[req]) for req in list(self.prebuilt)[:rows]]
+        ready = [req for req in self.prebuilt if not self.grammar_queue.is_pending(req)]
+        joining = [
+            (req, self.prebuilt[req]) for req in ready[:rows] if self.lora_slots.try_acquire(req)
+        ]
         if not joining:
             return
         batch = self._batch_of([req for req, _ in joining])
@@ -318,9 +269,11 @@ class Scheduler:
         self._merge_into_running(batch)
 
     def _make_adder(self, reserved_tokens: int) -> PrefillAdder:
-        mixed = self.running_batch.batch_size() if self.config.enable_mixed_chunk else 0
-        # However many rows decode along, a page of prompt goes on, or prompts would starve.
-        least = mixed + self.page_size
+        mixed = self.running_batch.batch_size() if self._mixes else 0
+        # However many rows decode along, a page of prompt goes on (as many as are taken at once),
+        # or prompts would starve.
+        align = self.config.truncation_align_size or self.page_size
+        least = mixed + ceil_page(align, self.page_size)
         chunk = self.config.chunked_prefill_size
         return PrefillAdder(
             self.page_size,
@@ -334,21 +287,24 @@ class Scheduler:
             prefill_only=not self.role.decodes,
             reserved_tokens=reserved_tokens,
             truncation_align_size=self.config.truncation_align_size,
+            shared=self._shared,
         )
 
     def _start_prefill(self, adder: PrefillAdder, batch: ScheduleBatch) -> ScheduleBatch:
-        admitted = set(batch.reqs)
-        self.waiting_queue = [req for req in self.waiting_queue if req not in admitted]
         for req in batch.reqs:
+            if req in self.waiting_queue:
+                self.waiting_queue.remove(req)
             req.begin_extend()
         self.chunked_req = adder.new_chunked_req or self.chunked_req
         if self.chunked_req is not None:
             self.chunked_req.phase = RequestPhase.CHUNKED
         batch.chunked_req = self.chunked_req
         batch.prepare_for_extend()
+        if self._split.enabled:
+            self._split.begin(batch)
         running = self.running_batch
         if (
-            self.config.enable_mixed_chunk
+            self._mixes
             and not running.is_empty()
             and not (batch.return_logprob or running.return_logprob)
             and running.check_decode_mem(reserved_tokens=self._promised_tokens())
@@ -363,12 +319,14 @@ class Scheduler:
         first; while transfers keep memory, it waits for them; otherwise it ends with an error,
         since no process may die for want of memory.
         """
+        if self._split.batch is not None or self._deferred_aborts:
+            return False  # these give memory back without a page more
         if self.chunked_req is not None:
             chunked, self.chunked_req = self.chunked_req, None
             self.running_batch.release_req(chunked)
             chunked.reset_for_retract()
             self.num_retractions += 1
-            self.waiting_queue.append(chunked)
+            self.waiting_room.put_back([chunked])
             if self.running_batch.check_decode_mem():
                 return True
         others = self.prebuilt or self.transferring or self.held
@@ -382,19 +340,9 @@ class Scheduler:
         self.running_batch.filter_batch()
         return False
 
+    @property
+    def _mixes(self) -> bool:
+        return self.config.enable_mixed_chunk and not self._split.enabled
+
     def _promised_tokens(self) -> int:
         return sum(unbound_tokens(p, self.page_size) for p in self.role.promises())
-
-    # ---- the invariant
-
-    def page_counts(self) -> PageCounts:
-        """Pages by state, recounted from their owners; balanced or not."""
-        return self._balance.audit().counts
-
-    def row_counts(self) -> RowCounts:
-        """Rows by state; raises `MemoryInvariantError` where they do not balance."""
-        return self._balance.row_counts()
-
-    def check_invariant(self) -> None:
-        """Raises `MemoryInvariantError` if a page, a row or a lock is not accounted for."""
-        self._balance.check()

@@ -42,9 +42,12 @@ class StepResult:
     released: list[RequestId] = field(default_factory=list)
     """Requests of which the engine holds nothing any more: no page, no row."""
     num_input_tokens: int = 0
-    """Tokens computed by this pass's forward; 0 where none ran."""
+    """Tokens computed by the forward that this pass launched; 0 where it launched none."""
+    num_handled: int = 0
+    """Forwards whose results this pass handled; with overlap, those of the pass before."""
 
     @property
     def ran(self) -> bool:
-        """Whether a forward ran. False for long with work left means: wait for transfers."""
-        return self.num_input_tokens > 0
+        """Whether a forward was launched or handled. False for long with work left means: wait
+        for transfers."""
+        return self.num_input_tokens > 0 or self.num_handled > 0

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.errors import ConfigError, InvalidRequestError
+from engine.errors import ConfigError, InvalidRequestError, UnknownAdapterError
 from engine.memory.pools import MemoryPools
 from engine.scheduler.admission import fits_empty_worker
 from engine.scheduler.config import SchedulerConfig
@@ -12,12 +12,18 @@ from engine.scheduler.req import Req
 def validate_request(
     req: Req, *, config: SchedulerConfig, total_tokens: int, prefill_only: bool
 ) -> None:
-    """Raises `InvalidRequestError` for a request that could never finish; lowers its
-    `max_new_tokens` to what the context has room for, where it then ends with `length`.
+    """Raises `InvalidRequestError` for a request that could never finish, `UnknownAdapterError` for
+    one of an adapter that is not here; lowers its `max_new_tokens` to what the context has room
+    for, where it then ends with `length`.
 
     `total_tokens`: the KV memory of this worker when it is empty. A prefill-only worker holds the
     prompt and the first token, no more.
     """
+    if req.lora_id and req.lora_id not in config.lora_ids:
+        served = ", ".join(config.lora_ids) or "none"
+        raise UnknownAdapterError(
+            f"request {req.rid}: adapter {req.lora_id!r} is not served here (adapters: {served})"
+        )
     if req.prompt_len == 0:
         raise InvalidRequestError(f"request {req.rid}: the prompt is empty")
     tokens = req.fill_ids

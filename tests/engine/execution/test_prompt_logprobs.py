@@ -34,6 +34,7 @@ def test_prompt_logprobs_equal_the_reference_in_any_slices_and_cost_no_token(
         targets = PromptTargets(
             inputs=torch.tensor(inputs),
             target_ids=torch.tensor(asked[start + 1 : start + 1 + count]),
+            target_ids_cpu=asked[start + 1 : start + 1 + count],
             counts=[0, count] if len(steps) == 2 else [count],
             top=2,
         )

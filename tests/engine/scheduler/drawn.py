@@ -81,8 +81,16 @@ class Wanted:
                 outputs[-1] in ends
                 or len(outputs) == self.params.max_new_tokens
                 or len(self.prompt) + len(outputs) == CONTEXT
+                or self.is_complete(outputs)
             ):
                 return outputs
+
+    def is_complete(self, outputs: Sequence[int]) -> bool:
+        """Whether a grammar lets nothing follow."""
+        return False
+
+    def forbid(self, edited: np.ndarray, outputs: Sequence[int]) -> None:
+        """Takes away what a grammar does not allow, in place."""
 
     def _draw(self, outputs: list[int]) -> int:
         params = self.params
@@ -98,6 +106,7 @@ class Wanted:
             edited[token] -= np.float32(params.frequency_penalty) * outputs.count(token)
         if len(outputs) < params.min_tokens:
             edited[[EOS, *params.stop_token_ids]] = -np.inf
+        self.forbid(edited, outputs)
         if params.temperature == 0:
             return int(edited.argmax())
         scaled = (edited - edited.max()) / np.float32(params.temperature)

@@ -31,12 +31,12 @@ class FakePrefillRole(SchedulerRole):
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
-        self.extends.append((req.rid, req.kv_committed_len, prompt_done))
+        self.extends.append((req.rid, req.kv_ready_len, prompt_done))
         sending = self.sending.setdefault(req.rid, Sending(req))
         pages = self.scheduler.request_pages(req)
         assert pages[: len(sending.pages)] == sending.pages
         if not prompt_done:
-            pages = pages[: req.kv_committed_len // self.scheduler.page_size]
+            pages = pages[: req.kv_ready_len // self.scheduler.page_size]
         sending.pages = pages
         sending.first_token = token
 

@@ -6,7 +6,9 @@ wrong slot, length, prefix or page changes a token.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,11 +20,14 @@ from engine.scheduler.req import Req
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_result import StepResult, TokenOutput
-from engine.types import RequestId
+from engine.types import HostWritePolicy, RadixEvictionPolicy, RequestId
+from tests.engine.memory.fake_copier import FakeCopier
+from tests.engine.scheduler.async_runner import AsyncRunner
 
 VOCAB = 40
 EOS = 0
 CONTEXT = 96
+NUM_LAYERS = 5
 
 
 def next_token(tokens: Sequence[int], seed: int = 0) -> int:
@@ -46,14 +51,25 @@ def undisturbed(req: Req) -> list[int]:
             return outputs
 
 
+@dataclass
+class Split:
+    """A step that runs in parts."""
+
+    batch: ForwardBatch
+    slots: list[list[int]]
+    next_layer: int = 0
+
+
 class StubRunner:
-    """Implements `BatchRunner` on lists."""
+    """Implements `SplitRunner` on lists."""
 
     def __init__(self, memory: MemoryPools) -> None:
         tokens = memory.allocator.total_tokens
         self.kv_token = torch.full((tokens,), -1)
         self.kv_position = torch.full((tokens,), -1)
         self.forwards: list[tuple[ForwardMode, list[int]]] = []
+        self.parts: list[tuple[int, int]] = []
+        self.split: Split | None = None
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         b = len(batch.seq_lens_cpu)
@@ -83,6 +99,40 @@ class StubRunner:
         self.forwards.append((batch.forward_mode, list(batch.extend_lens)))
         return self.draw(batch, histories)
 
+    @property
+    def num_layers(self) -> int:
+        return NUM_LAYERS
+
+    def forward_split(
+        self, batch: ForwardBatch, first_layer: int, last_layer: int
+    ) -> ForwardResult:
+        """Layer 0 to `NUM_LAYERS - 1` in order, or `AssertionError`; the KV is there with the last
+        one. The batch's slots must still be those of its first part."""
+        if first_layer == 0:
+            assert self.split is None
+            self.split = Split(batch, self._slots(batch))
+        assert self.split is not None
+        assert self.split.next_layer == first_layer < last_layer <= NUM_LAYERS
+        assert self.split.slots == self._slots(batch)
+        self.split.next_layer = last_layer
+        self.parts.append((first_layer, last_layer))
+        if last_layer < NUM_LAYERS:
+            # Neither old nor new: nobody may read it.
+            self.kv_token[batch.out_cache_loc] = -2
+            return ForwardResult(batch.input_ids[:0], None)
+        self.split = None
+        return self.forward(batch)
+
+    def drop_split(self) -> None:
+        assert self.split is not None
+        self.split = None
+
+    def _slots(self, batch: ForwardBatch) -> list[list[int]]:
+        return [
+            batch.req_to_token[row, :length].tolist()
+            for row, length in zip(batch.req_pool_indices.tolist(), batch.seq_lens_cpu, strict=True)
+        ]
+
     def draw(self, batch: ForwardBatch, histories: list[list[int]]) -> ForwardResult:
         """A token a request, after `histories`, all that its KV holds."""
         drawn = [
@@ -106,6 +156,9 @@ def make_req(
     stop_token_ids: frozenset[int] = frozenset(),
     prior: Sequence[int] = (),
     priority: int = 0,
+    lora_id: str = "",
+    cache_salt: str = "",
+    deadline: float | None = None,
 ) -> Req:
     return Req(
         RequestId(rid),
@@ -120,6 +173,9 @@ def make_req(
         eos_token_ids=[EOS],
         prior_output_ids=prior,
         priority=priority,
+        lora_id=lora_id,
+        extra_key=cache_salt,
+        deadline=deadline,
     )
 
 
@@ -141,16 +197,35 @@ class Engine:
         max_queued_requests: int = 64,
         priorities: bool = False,
         conservativeness: float = 1.0,
-        runner: type[StubRunner] = StubRunner,
+        split: int = 0,
+        overlap: bool = False,
+        late: bool = True,
+        runner: Callable[[MemoryPools], StubRunner] = StubRunner,
+        eviction: RadixEvictionPolicy = "lru",
+        host_pages: int = 0,
+        retract_pages: int = 0,
+        host_write: HostWritePolicy = "write_through",
+        copy_delay: Callable[[], int] = lambda: 0,
+        **settings: Any,
     ) -> None:
+        """`overlap` runs over a device that is as late as it can be (`AsyncRunner`; `late` is its
+        setting). `copy_delay`: passes that a copy between device and host memory lasts. `settings`:
+        further fields of `SchedulerConfig`."""
+        self.host_copier = self._copier(host_pages, page_size, copy_delay)
+        self.retract_copier = self._copier(retract_pages, page_size, copy_delay)
         self.memory = make_memory_pools(
             num_pages=pages,
             page_size=page_size,
             num_rows=rows,
             max_context_len=CONTEXT,
             enable_radix_cache=radix,
+            eviction_policy=eviction,
+            host_copier=self.host_copier,
+            host_write_policy=host_write,
+            retract_copier=self.retract_copier,
         )
         self.runner = runner(self.memory)
+        self.device = AsyncRunner(self.runner, self.memory, late=late)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 page_size=page_size,
@@ -164,8 +239,11 @@ class Engine:
                 enable_priority_scheduling=priorities,
                 schedule_conservativeness=conservativeness,
                 decode_reserve_tokens=8,
+                enable_overlap=overlap,
+                **settings,
+                split_prefill_layers=split,
             ),
-            self.runner,
+            self.device if overlap else self.runner,
             self.memory,
             role,
         )
@@ -173,6 +251,32 @@ class Engine:
         self.errors: dict[str, Exception] = {}
         self.aborted: list[str] = []
         self.released: list[str] = []
+
+    def _copier(
+        self, num_pages: int, page_size: int, delay: Callable[[], int]
+    ) -> FakeCopier | None:
+        """For the stub's KV, behind the steps that were launched before each copy."""
+        if num_pages == 0:
+            return None
+
+        def slots(page: int) -> slice:
+            return slice(page * page_size, (page + 1) * page_size)
+
+        def read(page: int) -> bytes:
+            kv = torch.stack(
+                [self.runner.kv_token[slots(page)], self.runner.kv_position[slots(page)]]
+            )
+            return kv.numpy().tobytes()
+
+        def write(page: int, content: bytes) -> None:
+            kv = torch.frombuffer(bytearray(content), dtype=torch.int64).view(2, page_size)
+            self.runner.kv_token[slots(page)], self.runner.kv_position[slots(page)] = kv[0], kv[1]
+
+        def steps_so_far() -> Callable[[], None]:
+            last = self.device.last_step
+            return lambda: self.device.run_up_to(last)
+
+        return FakeCopier(num_pages, read=read, write=write, delay=delay, behind=steps_so_far)
 
     def add(self, *reqs: Req) -> None:
         for req in reqs:
@@ -187,6 +291,7 @@ class Engine:
         self.aborted.extend(result.aborted)
         self.released.extend(result.released)
         self.scheduler.check_invariant()
+        self.device.check_pages()
         return result
 
     def drain(self, max_passes: int = 500) -> None:

@@ -1,13 +1,59 @@
-"""The adder's budgets, one rule a test."""
+"""The adder's budgets, one rule a test.
+
+Where each clause of scheduling.md sections 2 and 3 is held to. Names without a letter are tests of
+this module, by their beginning; P: test_preemption.py, S: test_scheduler.py, L: test_lora_rule.py.
+
+clause                                              test
+--------------------------------------------------  --------------------------------------------
+total_offset at the start, CLIP, ratio, mixed rows  running_requests_are_expected_to_grow
+A is re-read at each use                            what_is_free_is_asked_anew
+rem_total counts growth, cur_rem only this pass     an_admitted_request_is_charged
+rem_input and rem_chunk less the mixed rows         mixed_rows_take_from_the_work
+the charge: Ec + M + page                           an_admitted_request_is_charged
+    M = 0 if truncated; 1 on a prefill worker       a_truncated_request, on_a_prefill_worker
+promises to tickets                                 promised_memory_is_left_alone
+budget_state                                        budget_states, memory_that_others_will_grow
+refuse at extend + growth + page >= rem_total       what_would_outgrow_memory
+    again under the lock                            locking_a_prefix_is_counted
+    but not one that fills the memory alone         a_lone_request_may_fill_the_memory
+no chunks: OTHER; an over-long first one passes     without_chunks, an_over_long_first_prompt
+whole if it fits rem_chunk                          what_fits_the_chunk_exactly
+else truncated: page, align, absolute end           what_exceeds_the_chunk, truncation_is_aligned,
+                                                    an_aligned_chunk_after_a_cached_prefix
+    nothing left means OTHER                        nothing_left_of_a_chunk, an_alignment_that
+    it becomes new_chunked_req, one at most         what_exceeds_the_chunk, no_second_request
+add_chunked_req: min(rest, rem_chunk, rem_total)    the_chunked_request_takes_whole_pages,
+                                                    the_chunked_request_takes_no_more
+    page end unless last, aligned if possible       later_chunks_are_aligned_too
+    parked, never over-committed                    the_chunked_request_is_parked
+    keeps its row between chunks                    the_chunked_request_keeps_its_row
+add_one_req_ignore_eos simulates                    known_lengths_are_simulated, ..._that_meet
+preempt_to_schedule                                 P
+full, or nobody waits: nothing to do, but a chunk   a_chunk_goes_on_although_no_place_is_free
+allocatable = min(limit - running, free rows)       S the_running_limit, S requests_wait_for_a_row
+full is recomputed in every pass                    the_full_flag_is_never_latched
+the LoRA limit skips only this one                  L only_the_one_without_a_slot
+match over len - 1 tokens                           S a_prompt_that_is_cached_whole
+    none where the prompt is judged                 one_that_judges_its_prompt
+stop at the first answer other than CONTINUE        nobody_overtakes_the_first
+one new chunked request at most                     at_most_one_prompt_is_in_chunks
+mixing: decode memory is there, no logprobs         S a_new_prefill_goes, S mixing_is_left_out
+truncation_align_size of the settings               the_alignment_of_the_settings,
+                                                    however_many_rows_decode_along
+"""
+
+from typing import Any
 
 import pytest
 
+from engine.execution.forward_batch import ForwardMode
 from engine.memory.pools import MemoryPools, make_memory_pools
+from engine.sampling_params import SamplingParams
 from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
 from engine.scheduler.prefill_adder import AddReqResult, PrefillAdder
-from engine.scheduler.req import Req
+from engine.scheduler.req import Req, RequestPhase
 from engine.scheduler.schedule_batch import ScheduleBatch
-from tests.engine.scheduler.stub import make_req
+from tests.engine.scheduler.stub import Engine, make_req
 
 PAGE = 4
 CONTINUE, NO_TOKEN, OTHER = AddReqResult.CONTINUE, AddReqResult.NO_TOKEN, AddReqResult.OTHER
@@ -151,7 +197,7 @@ def test_a_truncated_request_is_not_charged_its_growth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "align", "expected"), [(30, 8, 24), (30, 16, 16), (30, None, 28)]
+    ("chunk", "align", "expected"), [(30, 8, 24), (30, 16, 16), (30, None, 28), (21, 6, 16)]
 )
 def test_truncation_is_aligned(chunk: int, align: int | None, expected: int) -> None:
     adder = make_adder(make_pools(), rem_chunk=chunk, align=align)
@@ -247,3 +293,171 @@ def test_the_batch_is_of_those_admitted() -> None:
     batch = adder.get_batch()
     assert batch is not None
     assert batch.batch_size() == 1
+
+
+def test_what_is_free_is_asked_anew_at_each_use() -> None:
+    memory = make_pools()
+    adder = make_adder(memory, running=[req_of(4, 4)], ratio=1.0)
+    assert adder.rem_total_tokens == 60
+    memory.alloc_pages(3)
+    assert (adder.rem_total_tokens, adder.cur_rem_tokens) == (48, 52)
+
+
+def test_memory_that_others_will_grow_into_ends_the_pass() -> None:
+    adder = make_adder(make_pools(), running=[req_of(4, 64)], ratio=1.0)
+    assert adder.cur_rem_tokens == 64
+    assert adder.budget_state() is NO_TOKEN
+
+
+def test_what_fits_the_chunk_exactly_is_taken_whole() -> None:
+    adder = make_adder(make_pools(), rem_chunk=18)
+    req = req_of(18)
+    assert adder.add_req(req) is OTHER  # taken, and no work is left
+    assert (adder.can_run_list, req.extend_input_len, adder.new_chunked_req) == ([req], 18, None)
+
+
+def test_an_aligned_chunk_after_a_cached_prefix_ends_with_a_page() -> None:
+    memory = make_pools(32)
+    memory.tree_cache.insert([1] * 12, memory.alloc_pages(3))
+    adder = make_adder(memory, rem_chunk=21, align=8)
+    req = req_of(60)
+    adder.add_req(req)
+    assert (req.prefix_len, req.extend_input_len) == (12, 16)
+    assert adder.new_chunked_req is req
+
+
+def test_an_alignment_that_leaves_nothing_means_other() -> None:
+    adder = make_adder(make_pools(), rem_chunk=15, align=16)
+    req = req_of(40)
+    assert adder.add_req(req) is OTHER
+    assert adder.can_run_list == []
+
+
+def test_later_chunks_are_aligned_too_as_long_as_that_leaves_any() -> None:
+    req = chunked(60, 16)
+    adder = make_adder(make_pools(32), rem_chunk=30, align=16)
+    assert adder.add_chunked_req(req) is req
+    assert req.extend_input_len == 16
+    memory = make_pools()
+    memory.alloc_pages(13)
+    req = chunked(60, 16)
+    adder = make_adder(memory, rem_chunk=30, align=16)
+    assert adder.add_chunked_req(req) is req
+    assert req.extend_input_len == 12  # all that is free
+
+
+# ---- the clauses of section 2, on a scheduler
+
+
+def prompts(*lengths: int, **params: Any) -> list[Req]:
+    """Of different beginnings, so that nothing is shared."""
+    return [make_req(f"r{i}", [i + 1] * length, **params) for i, length in enumerate(lengths)]
+
+
+def test_nobody_overtakes_the_first_that_does_not_fit() -> None:
+    engine = Engine(pages=16, chunked_prefill_size=None)
+    runs, big, small = prompts(8, 40, 4, max_new_tokens=12)
+    engine.add(runs)
+    engine.step()
+    engine.add(big, small)
+    engine.step()
+    assert engine.modes[-1] is ForwardMode.DECODE
+    assert list(engine.scheduler.waiting_queue.in_order()) == [big, small]
+    engine.drain()
+    assert list(engine.outputs) == ["r0", "r1", "r2"]
+
+
+def test_an_over_long_first_prompt_passes_and_starves_nobody() -> None:
+    engine = Engine(pages=64, chunked_prefill_size=None, max_prefill_tokens=16)
+    reqs = prompts(60, 4, 40, 4)
+    engine.add(*reqs)
+    for expected in ([60], [4], [40], [4]):
+        engine.step()
+        assert engine.runner.forwards[-1] == (ForwardMode.EXTEND, expected)
+    engine.drain()
+
+
+def test_a_chunk_goes_on_although_no_place_is_free() -> None:
+    engine = Engine(rows=2, max_running_requests=2, chunked_prefill_size=8)
+    first, long, waits = prompts(4, 30, 4, max_new_tokens=20)
+    engine.add(first, long, waits)
+    for _ in range(5):
+        engine.step()
+    assert engine.modes[:4] == [ForwardMode.EXTEND] * 4
+    assert list(engine.scheduler.waiting_queue) == [waits]
+    engine.drain()
+
+
+def test_the_chunked_request_keeps_its_row() -> None:
+    engine = Engine(chunked_prefill_size=8)
+    (req,) = prompts(30)
+    engine.add(req)
+    rows = set()
+    while not engine.outputs:
+        engine.step()
+        rows.add(req.req_pool_idx)
+    assert len(rows) == 1
+    assert None not in rows
+
+
+def test_at_most_one_prompt_is_in_chunks() -> None:
+    engine = Engine(pages=64, chunked_prefill_size=8, rows=8)
+    reqs = prompts(30, 30, 30)
+    engine.add(*reqs)
+    while engine.scheduler.has_work():
+        engine.step()
+        partly = [
+            req
+            for req in reqs
+            if req.phase is RequestPhase.CHUNKED and 0 < req.kv_committed_len < 30
+        ]
+        assert len(partly) <= 1
+    assert len(engine.outputs) == 3
+
+
+def test_the_full_flag_is_never_latched() -> None:
+    engine = Engine(max_running_requests=1)
+    first, second = prompts(4, 4, max_new_tokens=2)
+    engine.add(first, second)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.running_batch.batch_is_full
+    engine.step()
+    assert not engine.scheduler.running_batch.batch_is_full
+    engine.drain()
+
+
+def test_one_that_judges_its_prompt_matches_nothing() -> None:
+    engine = Engine()
+    engine.add(make_req("warm", [1] * 12))
+    engine.drain()
+    judge = Req(
+        make_req("j", [1]).rid, [1] * 12, SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+    )
+    engine.add(judge)
+    batch = engine.scheduler.get_next_batch_to_run()
+    assert batch is not None
+    assert (batch.prefix_lens, batch.extend_lens) == ([0], [12])
+
+
+def test_the_alignment_of_the_settings_reaches_the_chunks() -> None:
+    engine = Engine(pages=64, chunked_prefill_size=30, truncation_align_size=16)
+    (req,) = prompts(90, max_new_tokens=1)
+    engine.add(req)
+    engine.drain()
+    assert [extends for _, extends in engine.runner.forwards] == [[16]] * 4 + [[26]]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_however_many_rows_decode_along_an_aligned_chunk_is_taken(mixed: bool) -> None:
+    engine = Engine(
+        pages=128, chunked_prefill_size=16, truncation_align_size=16, mixed=mixed, rows=8
+    )
+    engine.add(*prompts(4, 4, 4, max_new_tokens=60))
+    engine.step()
+    engine.step()
+    engine.add(make_req("long", [30] * 70, max_new_tokens=2))
+    for _ in range(5):
+        engine.step()
+    assert "long" in engine.outputs
+    engine.drain()

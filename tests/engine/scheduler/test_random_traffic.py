@@ -26,6 +26,7 @@ class Traffic:
     abort_share: float
     ignore_eos_share: float
     pressure: bool
+    overlap: bool
 
 
 traffic = st.builds(
@@ -41,6 +42,7 @@ traffic = st.builds(
     abort_share=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     ignore_eos_share=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     pressure=st.booleans(),
+    overlap=st.booleans(),
 )
 
 
@@ -102,7 +104,7 @@ def random_req(rng: random.Random, number: int, ignore_eos_share: float) -> Req:
 
 
 @given(traffic)
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 def test_random_traffic_is_exact_and_balanced(case: Traffic) -> None:
     rng = random.Random(case.seed)
     role = PressureRole(rng) if case.pressure else None
@@ -118,6 +120,7 @@ def test_random_traffic_is_exact_and_balanced(case: Traffic) -> None:
         # The estimate of growth sinks to almost nothing, so that retractions happen.
         conservativeness=0.02,
         role=role,
+        overlap=case.overlap,
     )
     waiting = [random_req(rng, i, case.ignore_eos_share) for i in range(case.num_requests)]
     accepted: dict[str, Req] = {}

@@ -216,16 +216,23 @@ def test_only_the_suffix_need_arrive_where_the_prefix_is_locked() -> None:
     page_size=st.sampled_from([1, 4, 16]),
     radix=st.booleans(),
     abort_share=st.sampled_from([0.0, 0.0, 0.1]),
+    overlap=st.booleans(),
 )
 @settings(max_examples=60)
 def test_requests_handed_over_at_random_are_exact_and_balanced(
-    seed: int, page_size: int, radix: bool, abort_share: float
+    seed: int, page_size: int, radix: bool, abort_share: float, overlap: bool
 ) -> None:
     rng = random.Random(seed)
     shape = {"pages": 112 // page_size, "page_size": page_size, "rows": 4, "radix": radix}
     pair = Pair(
-        Engine(role=FakePrefillRole(), **shape),
-        Engine(role=FakeDecodeRole(), max_running_requests=4, conservativeness=0.02, **shape),
+        Engine(role=FakePrefillRole(), overlap=overlap, **shape),
+        Engine(
+            role=FakeDecodeRole(),
+            max_running_requests=4,
+            conservativeness=0.02,
+            overlap=overlap,
+            **shape,
+        ),
         rng,
     )
     plan: dict[str, list[int]] = {}

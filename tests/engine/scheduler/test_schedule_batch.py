@@ -6,7 +6,7 @@ import torch
 from engine.errors import OutOfMemoryError
 from engine.execution.forward_batch import ForwardMode
 from engine.memory.pools import MemoryPools, make_memory_pools
-from engine.scheduler.req import Req, RequestPhase
+from engine.scheduler.req import FinishReason, Req, RequestPhase
 from engine.scheduler.schedule_batch import ScheduleBatch
 from tests.engine.scheduler.stub import make_req
 
@@ -169,6 +169,56 @@ def test_the_last_one_stays_and_is_reported_if_it_does_not_fit(memory: MemoryPoo
     result = batch.retract_decode()
     assert result.does_not_fit is only
     assert batch.reqs == [only]
+
+
+def test_a_batch_has_every_field_of_the_seed(memory: MemoryPools) -> None:
+    batch = ScheduleBatch(reqs=[], memory=memory)
+    assert batch.is_empty()
+    batch = extended(memory, make_req("a", [1, 2, 3]), make_req("b", [4, 5]))
+    assert not batch.is_empty()
+    assert batch.batch_size() == 2
+    assert batch.req_to_token_pool is memory.req_to_token
+    assert batch.token_to_kv_pool_allocator is memory.allocator
+    assert batch.tree_cache is memory.tree_cache
+    shapes = {"input_ids": 5, "out_cache_loc": 5, "req_pool_indices": 2, "seq_lens": 2,
+              "output_ids": 2, "orig_seq_lens": 2}  # fmt: skip
+    for name, length in shapes.items():
+        assert getattr(batch, name).shape == (length,)
+    for name in ("is_hybrid", "enable_overlap", "batch_is_full", "is_prefill_only"):
+        assert getattr(batch, name) is False
+    for name in ("model_config", "chunked_req", "input_embeds", "multimodal_inputs"):
+        assert getattr(batch, name) is None
+    assert batch.forward_mode is ForwardMode.EXTEND
+    assert batch.seq_lens_sum == 5
+
+
+def test_pages_are_counted_anew_when_members_come_and_go(memory: MemoryPools) -> None:
+    batch = extended(memory, make_req("a", [1, 2, 3, 4]))
+    assert batch.rows_that_need_a_page() == [0]
+    batch.merge_batch(extended(memory, make_req("b", [5]), make_req("c", [6] * 8)))
+    assert batch.rows_that_need_a_page() == [0, 2]
+    batch.filter_batch(keep_indices=[1, 2])
+    assert batch.rows_that_need_a_page() == [1]
+    batch.prepare_for_decode()
+    assert batch.new_page_count_next_decode() == 0
+
+
+def test_who_has_ended_is_dropped_when_somebody_can_have(memory: MemoryPools) -> None:
+    short, long = make_req("a", [1], max_new_tokens=3), make_req("b", [2], max_new_tokens=9)
+    batch = extended(memory, short, long)  # one output each
+    batch.drop_ended(0)
+    for _ in range(2):
+        assert batch.reqs == [short, long]
+        batch.prepare_for_decode()
+        short.append_output(9, None)
+        long.append_output(9, None)
+        batch.drop_ended(0)
+    assert batch.reqs == [long]  # by its length, whoever counts endings
+    long.finish_reason = FinishReason.ABORT
+    batch.drop_ended(0)
+    assert batch.reqs == [long]
+    batch.drop_ended(1)
+    assert batch.is_empty()
 
 
 def test_split_prefill_is_a_mode(memory: MemoryPools) -> None:

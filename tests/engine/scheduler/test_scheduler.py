@@ -184,7 +184,7 @@ def test_a_half_done_prompt_gives_way_to_the_last_one_running() -> None:
     engine.step()
     assert len(engine.tokens("first")) == 2
     assert engine.scheduler.chunked_req is None
-    assert engine.scheduler.waiting_queue == [second]
+    assert list(engine.scheduler.waiting_queue) == [second]
     engine.memory.free_pages(thief.stolen)
     thief.stolen = []
     engine.drain()

@@ -1,0 +1,85 @@
+"""When the next step must be launched, so that the device does not wait and late comers still join.
+
+With overlap, step N + 1 could be launched as soon as step N has begun. Whatever arrives after that
+(KV that has landed, a prompt, a question for memory) would wait for the end of N and for all of
+N + 1: at 8 ms a decode step that is most of a handover. So the engine holds the launch back until
+shortly before N is expected to end, and listens meanwhile.
+
+The expectation is made of steps seen here: decode steps change slowly from one to the next, and
+prompts take time by the token. A launch that came too late shows: the device was done before
+anybody asked. Then the margin grows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+_NEWEST = 0.3
+"""Weight of the newest reading in a running mean."""
+
+_LEAST_MARGIN_S, _LARGEST_MARGIN_S = 0.0005, 0.02
+_LATE_S = 0.0001
+"""A wait for the device shorter than this: it had ended already, or nearly."""
+
+
+@dataclass(slots=True)
+class _Running:
+    tokens: float
+    decode: bool
+    started: float | None
+    """time.monotonic() seconds; None: unknown, as the step before it ended unseen."""
+
+
+class LaunchClock:
+    """Told of every launch and every end; all times are time.monotonic() seconds."""
+
+    def __init__(self) -> None:
+        self._steps: deque[_Running] = deque()
+        self._decode_s = 0.0
+        self._extend_s_per_token = 0.0
+        self._prepare_s = 0.0
+        self._pass_began = 0.0
+        self._margin_s = _LEAST_MARGIN_S
+
+    def pass_begins(self, now: float) -> None:
+        """The next launch is being prepared."""
+        self._pass_began = now
+
+    def launched(self, now: float, *, tokens: float, decode: bool) -> None:
+        """A step of `tokens` input tokens (or a part of it, as of so many) is in the queue."""
+        if self._pass_began:
+            self._prepare_s = _mean(self._prepare_s, now - self._pass_began)
+            self._pass_began = 0.0
+        self._steps.append(_Running(tokens, decode, None if self._steps else now))
+
+    def ended(self, now: float, *, waited_s: float) -> None:
+        """The oldest step's results are here, after a wait of `waited_s`."""
+        if not self._steps:
+            return
+        step = self._steps.popleft()
+        seen = waited_s > _LATE_S
+        if seen and step.started is not None:
+            took = now - step.started
+            if step.decode:
+                self._decode_s = _mean(self._decode_s, took)
+            else:
+                self._extend_s_per_token = _mean(self._extend_s_per_token, took / step.tokens)
+        if self._steps:
+            # The next one was in the queue: it began when this one ended.
+            self._steps[0].started = now if seen else None
+            grown = self._margin_s * (0.99 if seen else 1.5)
+            self._margin_s = min(max(grown, _LEAST_MARGIN_S), _LARGEST_MARGIN_S)
+
+    def hold_s(self, now: float) -> float:
+        """Seconds for which nothing need be launched; 0 where that is not known."""
+        if len(self._steps) != 1 or self._steps[0].started is None:
+            return 0.0
+        step = self._steps[0]
+        expected = self._decode_s if step.decode else self._extend_s_per_token * step.tokens
+        ends = self._steps[0].started + expected
+        return max(0.0, ends - self._margin_s - self._prepare_s - now)
+
+
+def _mean(old: float, new: float) -> float:
+    return new if old == 0.0 else old + _NEWEST * (new - old)
