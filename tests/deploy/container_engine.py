@@ -1,0 +1,244 @@
+"""A container engine for the tests, wherever they run: the machine's own, or one set up here.
+
+Where `docker` answers, it is used as it is. Elsewhere (root on Debian or Ubuntu) the engine's
+packages are installed, a daemon is started with a data root of its own and ended again; compose and
+buildx come from the packages of Debian 13, whose programs run on Debian 12, too. Base images that
+no registry within reach serves are made from Debian packages, under the public names that
+deploy/Dockerfile and deploy/compose.yaml use.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PYTHON_IMAGE = "python:3.11-slim-bookworm"
+PLUGINS = ("docker-compose", "docker-buildx")
+MIRROR = "http://deb.debian.org/debian"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+START_LIMIT_S = 60.0
+SLIMMED = ("doc", "groff", "info", "lintian", "locale", "man")
+"""Folders of /usr/share that slim images leave out."""
+
+
+class EngineError(Exception):
+    """No containers can run here; says what was tried and what is missing."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A daemon that answers, and how to reach it."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables for `docker`: where the daemon and the plug-ins are."""
+
+    def docker(
+        self,
+        *arguments: str,
+        limit_s: float = 120.0,
+        check: bool = True,
+        more: Mapping[str, str] | None = None,
+    ) -> str:
+        """Runs `docker`; what it printed. Raises EngineError with both outputs where it failed."""
+        done = subprocess.run(
+            ["docker", *arguments],
+            env={**os.environ, **self.environment, **(more or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise EngineError(f"docker {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def answers(self) -> bool:
+        if shutil.which("docker") is None:
+            return False
+        return bool(self.docker("version", "--format", "{{.Server.Version}}", check=False))
+
+    def has_image(self, name: str) -> bool:
+        return bool(self.docker("image", "ls", "--quiet", name))
+
+
+@contextlib.contextmanager
+def container_engine(cache: Path) -> Iterator[Engine]:
+    """A running engine with compose, buildx and the base image; ended if it was started here.
+
+    Args:
+        cache: where what is downloaded and built stays for the next run. About 3 GB.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    own = Engine()
+    with contextlib.ExitStack() as stack:
+        engine = own if own.answers() else stack.enter_context(_daemon(cache / "docker"))
+        engine = _with_plugins(engine, cache / "plugins")
+        _python_image(engine, cache / "rootfs")
+        yield engine
+
+
+@contextlib.contextmanager
+def _daemon(directory: Path) -> Iterator[Engine]:
+    """A daemon of our own: nothing of it lies outside `directory`, and it ends with the tests."""
+    if os.geteuid() != 0:
+        raise EngineError("no container engine answers here, and only root can start one")
+    _install("docker.io", "iptables", programs=("docker", "dockerd", "iptables"))
+    directory.mkdir(parents=True, exist_ok=True)
+    socket = directory / "docker.sock"
+    engine = Engine({"DOCKER_HOST": f"unix://{socket}", "DOCKER_BUILDKIT": "1"})
+    if engine.answers():
+        raise EngineError(f"another run's daemon still answers at {socket}")
+    (directory / "docker.pid").unlink(missing_ok=True)
+    with (directory / "dockerd.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                *("dockerd", "--host", f"unix://{socket}", "--mtu", str(_mtu())),
+                *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
+                *("--pidfile", str(directory / "docker.pid")),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not engine.answers():
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = (directory / "dockerd.log").read_text()[-3000:]
+                raise EngineError(f"dockerd does not start:\n{tail}")
+            time.sleep(0.2)
+        yield engine
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _mtu() -> int:
+    """The smallest MTU of this machine's own links: a bridge with a larger one loses packets."""
+    found = [
+        int((link / "mtu").read_text())
+        for link in Path("/sys/class/net").iterdir()
+        if link.name.startswith(("e", "w"))
+    ]
+    return min(found, default=1500)
+
+
+def _install(*packages: str, programs: tuple[str, ...]) -> None:
+    if all(shutil.which(program) for program in programs):
+        return
+    if shutil.which("apt-get") is None:
+        raise EngineError(f"{' and '.join(packages)} are needed, and there is no apt-get")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    _run("apt-get", "update", "-qq", environment=quiet)
+    _run(
+        *("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages),
+        environment=quiet,
+    )
+
+
+def _with_plugins(engine: Engine, directory: Path) -> Engine:
+    """The engine with compose v2 and buildx: the machine's own, or Debian 13's."""
+    if all(engine.docker(name[7:], "version", check=False) for name in PLUGINS):
+        return engine
+    plugins = directory / "cli-plugins"
+    if not all((plugins / name).exists() for name in PLUGINS):
+        _install("debian-archive-keyring", programs=())
+        _download_plugins(directory)
+    added = Engine({**engine.environment, "DOCKER_CONFIG": str(directory)})
+    for name in PLUGINS:
+        added.docker(name[7:], "version")
+    return added
+
+
+def _download_plugins(directory: Path) -> None:
+    """Signed packages of Debian 13, unpacked and not installed."""
+    apt = directory / "apt"
+    for folder in ("lists/partial", "archives/partial"):
+        (apt / folder).mkdir(parents=True, exist_ok=True)
+    sources = apt / "sources.list"
+    sources.write_text(f"deb [signed-by={KEYRING}] {MIRROR} trixie main\n")
+    options = [
+        *("-o", f"Dir::Etc::sourcelist={sources}", "-o", "Dir::Etc::sourceparts=/dev/null"),
+        *("-o", f"Dir::State::lists={apt / 'lists'}", "-o", f"Dir::Cache={apt}"),
+        *("-o", "APT::Sandbox::User=root"),
+    ]
+    _run("apt-get", *options, "update", "-qq")
+    _run("apt-get", *options, "download", "-qq", *PLUGINS, directory=apt)
+    plugins = directory / "cli-plugins"
+    plugins.mkdir(parents=True, exist_ok=True)
+    for name in PLUGINS:
+        (package,) = apt.glob(f"{name}_*.deb")
+        _run("dpkg-deb", "-x", str(package), str(apt / name))
+        (program,) = (apt / name).glob(f"usr/*/docker/cli-plugins/{name}")
+        shutil.copy2(program, plugins / name)
+    shutil.rmtree(apt / "lists")
+
+
+def _python_image(engine: Engine, directory: Path) -> None:
+    """The base of all images: pulled, or made from Debian packages under the same name."""
+    if engine.has_image(PYTHON_IMAGE):
+        return
+    with contextlib.suppress(EngineError, subprocess.TimeoutExpired):
+        engine.docker("pull", "--quiet", PYTHON_IMAGE, limit_s=300.0)
+        return
+    _install("debootstrap", programs=("debootstrap",))
+    if directory.exists():
+        shutil.rmtree(directory)
+    packages = "python3,python3-venv,ca-certificates"
+    command = ("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm")
+    _run(*command, str(directory), MIRROR)
+    shared = [f"usr/share/{name}" for name in SLIMMED]
+    for name in (*shared, "var/cache/apt/archives", "var/lib/apt/lists"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / name).mkdir()
+    archive = directory.with_suffix(".tar")
+    _run("tar", "-C", str(directory), "-cf", str(archive), ".")
+    engine.docker("import", str(archive), PYTHON_IMAGE, limit_s=300.0)
+    archive.unlink()
+    shutil.rmtree(directory)
+
+
+def stand_in(engine: Engine, name: str, *packages: str) -> None:
+    """An image of that name: pulled, or the base with Debian packages where no registry has it."""
+    if engine.has_image(name):
+        return
+    with contextlib.suppress(EngineError, subprocess.TimeoutExpired):
+        engine.docker("pull", "--quiet", name, limit_s=300.0)
+        return
+    recipe = (
+        f"FROM {PYTHON_IMAGE}\nRUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive "
+        f"apt-get install -y -qq --no-install-recommends {' '.join(packages)} >/dev/null\n"
+    )
+    subprocess.run(
+        ["docker", "build", "--quiet", "--tag", name, "-"],
+        env={**os.environ, **engine.environment},
+        input=recipe,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=True,
+    )
+
+
+def _run(
+    *command: str,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit_s: float = 600.0,
+) -> None:
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise EngineError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
