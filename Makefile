@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+EXAMPLES ?= 100000
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format protos train-tiny clean
+.PHONY: help setup demo test test-long test-gpu test-compose test-helm chart lock lint format protos train-tiny clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +21,18 @@ demo: setup ## Run the whole path on this machine: router, prefill, decode, one 
 test: setup ## Run style, types, layers and all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-long: setup ## Run the scheduler's state machine on 100,000 random examples (EXAMPLES=...)
+	@HYPOTHESIS_PROFILE=thorough MACHINE_EXAMPLES=$(EXAMPLES) \
+		$(BIN)/python -m pytest tests/engine/scheduler/test_machine.py $(PYTEST_ARGS)
+
 test-gpu: setup ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-compose: setup ## Build the images and break their containers (root starts an engine if need be)
+	@$(BIN)/python -m pytest -m containers tests/deploy $(PYTEST_ARGS)
+
+test-helm: setup ## Render the chart with Helm 3 and 4, lint and validate it
+	@$(BIN)/python -m pytest -m helm tests/helm $(PYTEST_ARGS)
 
 lint: setup ## Check style, types and layers alone
 	@$(BIN)/ruff check .
@@ -35,6 +46,12 @@ format: setup ## Format the code and fix what can be fixed
 
 protos: setup ## Generate the Python code of protos/baton/v1/*.proto
 	@$(BIN)/python tools/generate_protos.py
+
+chart: setup ## Write the chart's README, schema and dashboard anew from values and settings
+	@$(BIN)/python tools/chart.py
+
+lock: setup ## Lock what the images install (deploy/requirements) anew
+	@$(BIN)/python tools/lock_images.py
 
 train-tiny: setup ## Train the embedded model anew
 	@tools/train_tiny/run.sh

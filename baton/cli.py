@@ -7,6 +7,7 @@ status 1; a traceback is a bug. Each command imports what it runs only when it r
 
 import asyncio
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ from baton.config import (
     unknown_variables,
 )
 from baton.demo import DEMO_DEFAULTS, DemoConfig, run_demo
+from baton.drain import DrainConfig, run_drain
 from baton.errors import RequestError
+from baton.health import HealthConfig, run_health
 from baton.lifetime import live_with_parent
 from baton.model_store import find_model
 from baton.plan import DECIDED, ROUTER_TLS, UpConfig, make_plan
@@ -86,8 +89,20 @@ def _decode(given: dict[str, Scalar]) -> int:
     return run(config)
 
 
+def _unified(given: dict[str, Scalar]) -> int:
+    config = _worker_config(given)
+    from unified_service.main import run
+
+    return run(config)
+
+
 def _worker_config(given: dict[str, Scalar]) -> WorkerConfig:
     config = fill(WorkerConfig, given)
+    if importlib.util.find_spec("torch") is None:
+        raise SettingsError(
+            "a worker needs torch, which the client and the router do without: "
+            "pip install 'baton-serve[worker]'"
+        )
     model = find_model(config.model)
     return dataclasses.replace(
         config,
@@ -134,7 +149,8 @@ def cli() -> None:
         setting.variable
         for setting in settings_of(
             *(UpConfig, RouterConfig, WorkerConfig, DemoConfig),
-            *(GenerateConfig, ChatConfig, RouterAddress, BenchConfig, ClientTls),
+            *(GenerateConfig, ChatConfig, RouterAddress, HealthConfig, BenchConfig, ClientTls),
+            DrainConfig,
         ).values()
     }
     for name in unknown_variables(os.environ, known):
@@ -159,6 +175,15 @@ cli.add_command(
         _decode,
         WorkerConfig,
         help="Runs a decode worker. It takes KV from prefill workers and generates.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "unified",
+        _unified,
+        WorkerConfig,
+        help="Runs a unified worker. It computes prompts and generates, with no KV to move: what "
+        "a machine with one GPU needs.",
     )
 )
 cli.add_command(
@@ -214,6 +239,16 @@ cli.add_command(
 )
 cli.add_command(
     settings_command(
+        "drain",
+        run_drain,
+        DrainConfig,
+        arguments=[click.Argument(["worker"])],
+        help="Takes WORKER out of service: an id, the beginning of one, or an address. It takes "
+        "no new requests, finishes or hands over what runs, and ends.",
+    )
+)
+cli.add_command(
+    settings_command(
         "chat",
         run_chat,
         ChatConfig,
@@ -229,6 +264,16 @@ cli.add_command(
         ClientTls,
         help="Puts load on a router's gRPC or HTTP door, or on any server with OpenAI's "
         "completions, and reports latencies, throughput and goodput.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "health",
+        run_health,
+        HealthConfig,
+        ClientTls,
+        help="Asks a router or a worker whether it serves; the exit status says so. For the health "
+        "checks of containers.",
     )
 )
 cli.add_command(_version)

@@ -156,6 +156,28 @@ class Worker:
 
     running: int
     waiting: int
+    reason: str = ""
+    """Why it gets no requests; empty where it does, or where it drains by itself."""
+
+    silent_s: float = 0.0
+    """Since its last sign of life. Seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registry:
+    """Where a router's list of workers comes from."""
+
+    kind: str = "memory"
+    """memory, redis or kubernetes."""
+
+    up: bool = True
+    """False: it cannot be reached, and the router serves from what it knows."""
+
+    last_sync_age_s: float = 0.0
+    """Since the list last agreed with it. Seconds."""
+
+    problem: str = ""
+    """What is wrong; empty while it is up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +186,10 @@ class ServerInfo:
 
     version: str
     protocol_version: int
+    router_id: str = ""
+    """New at every start of the router."""
+
+    registry: Registry = field(default_factory=Registry)
     workers: tuple[Worker, ...] = field(default=())
 
 
@@ -227,6 +253,13 @@ def server_info_from(response: inference_pb2.GetServerInfoResponse) -> ServerInf
     return ServerInfo(
         version=response.version,
         protocol_version=response.protocol_version,
+        router_id=response.router_id,
+        registry=Registry(
+            kind=response.registry.kind,
+            up=response.registry.up,
+            last_sync_age_s=response.registry.last_sync_age_s,
+            problem=response.registry.problem,
+        ),
         workers=tuple(_worker(worker) for worker in response.workers),
     )
 
@@ -283,4 +316,6 @@ def _worker(worker: inference_pb2.WorkerInfo) -> Worker:
         },
         running=worker.running,
         waiting=worker.waiting,
+        reason=worker.reason,
+        silent_s=worker.silent_s,
     )

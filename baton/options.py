@@ -1,7 +1,8 @@
 """What a caller may say about a request, and its translation to the wire."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from baton.errors import InvalidRequest
 from protos.baton.v1 import inference_pb2
@@ -66,6 +67,15 @@ class RequestOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     """Leave special tokens out of the text; left out: yes."""
 
+    json_schema: str | Mapping[str, Any]
+    """A JSON schema (as text, or as an object) that the output is held to; `{}`: any JSON."""
+
+    regex: str
+    """A regular expression that the whole output matches."""
+
+    ebnf: str
+    """A grammar whose rule `root` the output belongs to. At most one of the three."""
+
     cache_salt: str
     """Share cached prefixes only with requests of the same salt."""
 
@@ -76,7 +86,8 @@ class RequestOptions(TypedDict, total=False):
     """Left out: the one served."""
 
     priority: int | None
-    """Smaller is more important; 0 is normal."""
+    """Smaller is more important; 0 is normal. Counts where the workers run with
+    --enable-priority-scheduling."""
 
 
 def build_request(
@@ -109,6 +120,7 @@ def build_request(
             min_tokens=options.get("min_tokens"),
             stop=_stop_texts(options.get("stop", ())),
             skip_special_tokens=options.get("skip_special_tokens"),
+            grammar=_grammar(options),
         )
         request = inference_pb2.GenerateRequest(
             request_id=request_id,
@@ -126,6 +138,18 @@ def build_request(
     except (TypeError, ValueError) as error:
         raise InvalidRequest(str(error), request_id=request_id) from error
     return request
+
+
+def _grammar(options: RequestOptions) -> inference_pb2.Grammar | None:
+    schema = options.get("json_schema")
+    if schema is not None and not isinstance(schema, str):
+        schema = json.dumps(schema)
+    kinds = {"json_schema": schema, "regex": options.get("regex"), "ebnf": options.get("ebnf")}
+    given = {kind: text for kind, text in kinds.items() if text is not None}
+    if len(given) > 1:
+        # On the wire the last one would quietly win.
+        raise ValueError(f"{' and '.join(given)} exclude one another: give one of them")
+    return inference_pb2.Grammar(**given) if given else None
 
 
 def _stop_texts(stop: Sequence[str]) -> Sequence[str]:

@@ -36,6 +36,10 @@ class UpConfig:
     decode: int = 1
     """Number of decode workers."""
 
+    unified: int = 0
+    """Number of unified workers, which do both phases; with --prefill 0 --decode 0 one of them is
+    all that a machine with one GPU needs."""
+
     restart: bool = False
     """Start a worker anew when it dies."""
 
@@ -46,9 +50,16 @@ class UpConfig:
     """Longest a worker may take to end once the router has drained; then it is killed. Seconds."""
 
     def __post_init__(self) -> None:
-        for role in ("prefill", "decode"):
-            if getattr(self, role) < 1:
-                raise ValueError(f"{role} must be at least 1, not {getattr(self, role)}")
+        for role in ("prefill", "decode", "unified"):
+            if getattr(self, role) < 0:
+                raise ValueError(f"{role} must not be negative, not {getattr(self, role)}")
+        if (self.prefill == 0) != (self.decode == 0):
+            raise ValueError(
+                f"prefill and decode serve together: {self.prefill} of the one and {self.decode} "
+                "of the other cannot; give both, or neither and --unified 1"
+            )
+        if self.prefill + self.unified == 0:
+            raise ValueError("prefill, decode and unified are all 0: there must be some worker")
         for name in ("start_timeout_s", "stop_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -59,7 +70,7 @@ class PlannedWorker:
     """A worker to start."""
 
     name: str
-    """As log lines show it: prefill-0, decode-1."""
+    """As log lines show it: prefill-0, decode-1, unified-0."""
 
     role: Role
     config: WorkerConfig
@@ -113,8 +124,8 @@ def make_plan(
         {"served_model_name": model.name, **given, "model": str(model.path)},
         router=_registry_address(router),
     )
-    names: list[tuple[str, Role]] = [(f"prefill-{index}", "prefill") for index in range(up.prefill)]
-    names += [(f"decode-{index}", "decode") for index in range(up.decode)]
+    counts: dict[Role, int] = {"prefill": up.prefill, "decode": up.decode, "unified": up.unified}
+    names = [(f"{role}-{index}", role) for role, n in counts.items() for index in range(n)]
     if gpus is None:
         gpus = 0 if base.device == "cpu" else count_gpus()
     if base.device == "cuda" and gpus == 0:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from baton.client import Client
 from baton.client_tls import ClientTls
@@ -70,6 +71,15 @@ class GenerateConfig:
     stop: str = ""
     """Text that ends the output and is not part of it; empty: none."""
 
+    json_schema: str = ""
+    """A JSON schema that the output is held to; @FILE reads it from a file. Empty: none."""
+
+    regex: str = ""
+    """A regular expression that the whole output matches. Empty: none."""
+
+    ebnf: str = ""
+    """A grammar whose rule `root` the output belongs to; @FILE reads a file. Empty: none."""
+
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -109,6 +119,12 @@ def run_generate(given: dict[str, Scalar]) -> int:
         "seed": int(config.seed) if config.seed else None,
         "ignore_eos": config.ignore_eos,
     }
+    if config.json_schema:
+        options["json_schema"] = _text_or_file("json-schema", config.json_schema)
+    if config.regex:
+        options["regex"] = config.regex
+    if config.ebnf:
+        options["ebnf"] = _text_or_file("ebnf", config.ebnf)
     with (
         Client(config.router, config=tls.connection(config.router)) as client,
         client.generate(prompt, timeout=config.request_timeout_s, **options) as stream,
@@ -120,6 +136,16 @@ def run_generate(given: dict[str, Scalar]) -> int:
             if config.report and chunk.report is not None and chunk.usage is not None:
                 show(journey_table(chunk.report, chunk.usage), stderr=True)
     return 0
+
+
+def _text_or_file(flag: str, value: str) -> str:
+    """The value itself, or the content of the file that it names with an @."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"flag --{flag}: {value[1:]} cannot be read: {error}") from error
 
 
 def run_ps(given: dict[str, Scalar]) -> int:

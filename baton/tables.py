@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from baton.messages import Report, ServerInfo, Usage
+from baton.messages import Report, ServerInfo, Usage, Worker
 
 TTFT_PARTS = ("admission", "reserve", "queue", "prefill", "network")
 HANDOVER_PARTS = ("transfer_tail", "verify", "join", "first_decode_step", "handover_network")
@@ -34,11 +34,14 @@ def journey_table(report: Report, usage: Usage) -> Table:
 
 def workers_table(info: ServerInfo) -> Table:
     """A router's workers, one a row."""
-    table = Table(title=f"baton {info.version}, protocol {info.protocol_version}")
+    table = Table(title=f"baton {info.version}, protocol {info.protocol_version}, {source(info)}")
     for heading in ("worker", "role", "state", "address", "pid", "engine", "transports"):
         table.add_column(heading)
     for heading in ("running", "waiting", "free", "cached", "held", "in use", "pages"):
         table.add_column(heading, justify="right")
+    unwell = any(why(worker) for worker in info.workers)
+    if unwell:
+        table.add_column("why")
     for worker in info.workers:
         pages = worker.pages
         table.add_row(
@@ -52,8 +55,26 @@ def workers_table(info: ServerInfo) -> Table:
             str(worker.running),
             str(worker.waiting),
             *(str(pages[count]) for count in ("free", "cached", "held", "in_use", "total")),
+            *([why(worker)] if unwell else []),
         )
+    table.caption = info.registry.problem or None
     return table
+
+
+def source(info: ServerInfo) -> str:
+    """Which router tells this, and where it has the list of workers from."""
+    registry = info.registry
+    if registry.up:
+        return f"{info.router_id}, registry {registry.kind}"
+    age = f"{registry.last_sync_age_s:.0f} s ago"
+    return f"{info.router_id}, registry {registry.kind} DOWN, last seen {age}"
+
+
+def why(worker: Worker) -> str:
+    """Why a worker gets no requests, and since when nobody heard it."""
+    if worker.state == "lost":
+        return f"{worker.reason} (silent for {worker.silent_s:.0f} s)"
+    return worker.reason
 
 
 def byte_size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`baton up`: a router, its prefill and its decode workers as processes of one machine.
+"""`baton up`: a router and its workers as processes of one machine.
 
 Two promises shape this file. Standard output gets one line, when everything is ready, so that a
 script can wait for it. And nothing is left running: children sit in process groups of their own,
@@ -57,15 +57,16 @@ class Ready:
     """The same as clients take it, with the scheme that says whether it speaks TLS."""
 
     model: str
-    prefill: int
-    decode: int
+    workers: str
+    """How many of each role there are: "prefill 1  decode 2"."""
+
     transport: str
-    """The transport that all workers share and prefer."""
+    """The transport that all workers with peers share and prefer; "none" where nothing moves."""
 
     def line(self) -> str:
         return (
             f"ready: {self.http_url}  {self.grpc_url}  model {self.model}  "
-            f"prefill {self.prefill}  decode {self.decode}  transport {self.transport}"
+            f"{self.workers}  transport {self.transport}"
         )
 
 
@@ -96,7 +97,7 @@ class Deployment:
             StartError: a child ended, or `start_timeout_s` went by.
         """
         plan = self._plan
-        self._say(f"starting router, {plan.up.prefill} prefill and {plan.up.decode} decode")
+        self._say(f"starting router, {', '.join(f'{n} {role}' for role, n in _counts(plan.up))}")
         self._router = await self._start_child(ROUTER, child_command(ROUTER, plan.router))
         for worker in plan.workers:
             await self._start_worker(worker)
@@ -219,8 +220,7 @@ class Deployment:
             grpc_address=self._plan.grpc_address,
             grpc_url=f"{'grpcs' if secure else 'grpc'}://{self._plan.grpc_address}",
             model=model,
-            prefill=self._plan.up.prefill,
-            decode=self._plan.up.decode,
+            workers="  ".join(f"{role} {n}" for role, n in _counts(self._plan.up)),
             transport=common_transport(info),
         )
 
@@ -246,9 +246,17 @@ def ready_workers(info: ServerInfo) -> list[str]:
     return [worker.id for worker in info.workers if worker.state == "ready"]
 
 
+def _counts(up: UpConfig) -> list[tuple[str, int]]:
+    """Roles that are played, and by how many."""
+    counts = {"prefill": up.prefill, "decode": up.decode, "unified": up.unified}
+    return [(role, count) for role, count in counts.items() if count]
+
+
 def common_transport(info: ServerInfo) -> str:
-    """The first transport, in the workers' order of preference, that all of them offer."""
-    offers = [worker.transports for worker in info.workers if worker.state == "ready"]
+    """The first transport, in the workers' order of preference, that all of them offer. Unified
+    workers, which move nothing, are not asked; "none" where there are no others.
+    """
+    offers = [w.transports for w in info.workers if w.state == "ready" and w.role != "unified"]
     if not offers:
         return "none"
     return next((name for name in offers[0] if all(name in offer for offer in offers)), "none")

@@ -11,6 +11,7 @@ from rich.text import Text
 from baton.client import Client
 from baton.errors import RequestError
 from baton.messages import ServerInfo, Worker
+from baton.tables import source, why
 
 BAR_CELLS = 24
 PAGE_STATES = (
@@ -56,7 +57,8 @@ def _look(client: Client, *, timeout_s: float) -> RenderableType:
 
 def live_table(info: ServerInfo, *, now: str) -> Table:
     """Each worker's state, load and pages at one moment."""
-    table = Table(title=f"baton {info.version}  {now}  Ctrl-C leaves", title_justify="left")
+    title = f"baton {info.version}  {source(info)}  {now}  Ctrl-C leaves"
+    table = Table(title=title, title_justify="left")
     for heading in ("worker", "role", "state"):
         table.add_column(heading, no_wrap=True)
     for heading in ("running", "waiting"):
@@ -66,6 +68,9 @@ def live_table(info: ServerInfo, *, now: str) -> Table:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("total", justify="right")
     table.add_column("transports")
+    unwell = any(why(worker) for worker in info.workers)
+    if unwell:
+        table.add_column("why")
     for worker in sorted(info.workers, key=lambda w: (w.role != "prefill", w.role, w.id)):
         table.add_row(
             worker.id,
@@ -77,9 +82,9 @@ def live_table(info: ServerInfo, *, now: str) -> Table:
             *(f"{worker.pages[name]}" for name, _ in PAGE_STATES),
             f"{worker.pages['total']}",
             " ".join(worker.transports),
+            *([why(worker)] if unwell else []),
         )
-    if not info.workers:
-        table.caption = "no worker has registered"
+    table.caption = info.registry.problem or (None if info.workers else "no worker is known")
     return table
 
 

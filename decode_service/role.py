@@ -6,12 +6,13 @@ order (scheduling.md section 5). Nobody but this thread writes the pool.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from decode_service.reserve_queue import Reservation, ReserveQueue
 from engine.errors import EngineError, OutOfMemoryError
 from engine.memory.chain_hash import namespace_hash, page_chain_hashes
+from engine.memory.prefix_cache import LoadBack
 from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind
@@ -28,15 +29,9 @@ DEFAULT_WAIT_S = 30.0
 """How long a request may wait for memory where the router names no limit."""
 
 
-@dataclass(slots=True)
-class Reservation:
-    """A request that waits for memory."""
-
-    rid: RequestId
-    req: Req
-    writer: str
-    deadline: float
-    """time.monotonic() seconds."""
+HOST_LOAD_WAIT_S = 0.5
+"""How long a ticket may wait for the prefix that comes back from host memory. A copy takes some
+milliseconds; this bounds what evictions in between can make of it."""
 
 
 @dataclass(slots=True)
@@ -73,7 +68,7 @@ class DecodeRole(EngineRole):
 
     def __init__(self, parts: EngineParts) -> None:
         super().__init__(parts)
-        self._waiting: deque[Reservation] = deque()
+        self._waiting = ReserveQueue(by_priority=parts.config.enable_priority_scheduling)
         self._landings: dict[RequestId, Landing] = {}
         self._joined: dict[RequestId, Landing] = {}
         """Requests that landed, until their first token from here was sent."""
@@ -89,16 +84,43 @@ class DecodeRole(EngineRole):
         try:
             req = self.checked_req(request)
             self.scheduler.check_request(req)
+            # Ready, as a rule, before the pages land; the request joins no sooner.
+            self.scheduler.prepare_grammar(req)
         except EngineError as error:
             self.refuse(rid, error)
             self.done(rid)
             return
-        if len(self._waiting) >= self.parts.config.max_queued_requests:
-            self._turn_away(rid, f"{len(self._waiting)} requests wait for decode memory already")
-            return
+        num_waiting = len(self._waiting)
+        if num_waiting >= self.parts.config.max_queued_requests:
+            least = self._waiting.less_important_than(req)
+            if least is None:
+                self._turn_away(rid, f"{num_waiting} requests wait for decode memory already")
+                return
+            self._waiting.remove(least.rid)
+            self._turn_away(
+                least.rid,
+                f"{num_waiting} requests wait for decode memory and a more important one came",
+            )
         deadline = self.arrivals[rid] + (request.max_wait_s or DEFAULT_WAIT_S)
         self._waiting.append(Reservation(rid, req, request.prefill_instance, deadline))
         self._admit()
+
+    def on_grammar_failed(self, req: Req, error: EngineError) -> None:
+        rid = req.rid
+        if self._waiting.remove(rid) is not None:
+            self.refuse(rid, error)
+            self.done(rid)
+        elif rid in self._landings:
+            self.refuse(rid, error)
+            self.agent.release(rid, TransferFailure.ABORTED, str(error))
+            self._forget_landing(rid)
+
+    def on_drain(self) -> None:
+        """No ticket is granted any more: what waits for one waits better elsewhere."""
+        for reservation in self._waiting.take_all():
+            detail = "this decode worker drains and grants no more memory"
+            self.report_failure(reservation.rid, "UNAVAILABLE", detail, retryable=True)
+            self.done(reservation.rid)
 
     def _turn_away(self, rid: RequestId, why: str) -> None:
         self.report_failure(rid, "RESOURCE_EXHAUSTED", why, retryable=True, retry_after_s=1.0)
@@ -106,9 +128,7 @@ class DecodeRole(EngineRole):
 
     def abort(self, rid: RequestId) -> None:
         landing = self._landings.get(rid)
-        waiting = next((w for w in self._waiting if w.rid == rid), None)
-        if waiting is not None:
-            self._waiting.remove(waiting)
+        if self._waiting.remove(rid) is not None:
             self.done(rid)
         elif landing is not None:
             self.agent.release(rid, TransferFailure.ABORTED, "the request was aborted")
@@ -126,16 +146,25 @@ class DecodeRole(EngineRole):
     # ---- admission ------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """FIFO; stops at the first that does not fit."""
-        while self._waiting:
-            head = self._waiting[0]
-            if time.monotonic() >= head.deadline:
-                self._waiting.popleft()
-                self._turn_away(head.rid, "no decode memory came free in time; try again later")
-            elif self._grant_if_it_fits(head):
-                self._waiting.popleft()
-            else:
+        """In order; stops at the first that does not fit. One whose adapter has no slot is passed
+        over."""
+        for late in self._waiting.take_late(time.monotonic()):
+            self._turn_away_late(late)
+        for head in self._waiting.in_order():
+            if not self.scheduler.admission.has_lora_slot_for(head.req.lora_id):
+                continue
+            if not self._grant_if_it_fits(head):
                 return
+            self._waiting.remove(head.rid)
+
+    def _turn_away_late(self, late: Reservation) -> None:
+        deadline = late.req.deadline
+        if deadline is None or deadline > late.deadline:
+            self._turn_away(late.rid, "no decode memory came free in time; try again later")
+            return
+        detail = "its deadline passed while it waited for decode memory"
+        self.report_failure(late.rid, "DEADLINE_EXCEEDED", detail, retryable=False)
+        self.done(late.rid)
 
     def _grant_if_it_fits(self, head: Reservation) -> bool:
         """True where the request leaves the queue: with a ticket, or with an error."""
@@ -148,6 +177,13 @@ class DecodeRole(EngineRole):
         ):
             self.scheduler.unlock_prefix(req)
             return False
+        match self._load_prefix(head):
+            case LoadBack.PENDING:
+                self.scheduler.unlock_prefix(req)
+                return False
+            case LoadBack.DONE:
+                self.scheduler.unlock_prefix(req)
+                return self._grant_if_it_fits(head)
         try:
             self._grant(head, prefix, prefix_len)
         except NoSlotsError:
@@ -158,6 +194,17 @@ class DecodeRole(EngineRole):
             self.report_failure(head.rid, error.code.value, error.message, retryable=True)
             self.done(head.rid)
         return True
+
+    def _load_prefix(self, head: Reservation) -> LoadBack:
+        """What host memory has of the conversation need not travel again; but it is not waited for
+        any longer than `HOST_LOAD_WAIT_S`."""
+        now = time.monotonic()
+        if head.loading_since is not None and now - head.loading_since > HOST_LOAD_WAIT_S:
+            return LoadBack.NOTHING
+        outcome = self.scheduler.load_prefix(head.req)
+        if outcome is LoadBack.PENDING and head.loading_since is None:
+            head.loading_since = now
+        return outcome
 
     def _grant(self, head: Reservation, prefix: list[int], prefix_len: int) -> None:
         req = head.req
@@ -190,6 +237,7 @@ class DecodeRole(EngineRole):
                 max_new_tokens=landing.req.remaining_new_tokens,
                 prefix_len=len(landing.prefix) * self.parts.layout.page_size,
                 pages_allocated=bool(landing.pages),
+                lora_id=landing.req.lora_id,
             )
             for landing in self._landings.values()
         ]

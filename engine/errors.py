@@ -31,6 +31,18 @@ class QueueFullError(EngineError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class DeadlineExceededError(EngineError):
+    """The request's deadline has passed while it waited: nobody waits for the answer any more."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class UnknownAdapterError(EngineError):
+    """The request names a LoRA adapter that this engine does not have."""
+
+    code = "NOT_FOUND"
+
+
 class OutOfMemoryError(EngineError):
     """KV pages or request rows ran out. The message names what was asked, free and evictable."""
 
@@ -47,6 +59,19 @@ class InvalidModelError(EngineError):
     """The model directory is broken: a file is missing, or a tensor has the wrong shape."""
 
     code = "FAILED_PRECONDITION"
+
+
+class GrammarsUnavailableError(EngineError):
+    """This engine cannot constrain outputs: the model has no usable tokenizer beside it."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class GrammarMismatchError(EngineError):
+    """Tokens of the output so far do not belong to the request's grammar: whoever drew them had
+    another tokenizer or another grammar library."""
+
+    code = "INTERNAL"
 
 
 class ConfigError(EngineError):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.errors import InvalidRequestError
+from engine.grammar.spec import Grammar
 
 MAX_SEED = 2**64 - 1
 MAX_ALTERNATIVES = 20
@@ -71,6 +72,10 @@ class SamplingParams:
 
     prompt_logprobs: int | None = None
     """Report the prompt's tokens too, with this many alternatives each (0 to 20); None: do not."""
+
+    grammar: Grammar | None = None
+    """What the output must look like; None: anything. Tokens that would leave it are not drawn,
+    tokens that end the output only where it is complete."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -241,11 +241,16 @@ def _device_digest(
         count = valid * layout.token_bytes // WORD_BYTES
         for start in range(0, len(indices), batch):
             chosen = indices[start : start + batch]
-            where = torch.tensor([pages[i] for i in chosen], device=pool.device)
+            where = _on_device([pages[i] for i in chosen], pool.device)
             data = row_words[:, :, :count].index_select(0, where)
             sums = (data * words[:count]).sum(-1)
-            out[torch.tensor(chosen, device=pool.device)] = (sums * rows).sum(-1)
+            out[_on_device(chosen, pool.device)] = (sums * rows).sum(-1)
     return out.view(len(pages), RANGES)
+
+
+def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """Without waiting for the device: an asynchronous copy comes out of pinned memory only."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def seals_of(digests: torch.Tensor) -> list[bytes]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from engine.errors import EngineError, QueueFullError
 from engine.memory.chain_hash import chain_hash, namespace_hash
-from engine.scheduler.req import Req, RequestPhase
+from engine.scheduler.deadlines import Deadlines
+from engine.scheduler.req import FinishReason, Req, RequestPhase
+from engine.scheduler.waiting_queue import Key, WaitingQueue
 from engine.types import RequestId
 from kvtransfer.errors import TransferError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
@@ -47,6 +49,13 @@ class PrefillRole(EngineRole):
         self._chains: dict[RequestId, list[bytes]] = {}
         """Chain hash of each page of a request that was computed, or found cached, so far."""
         self._seals = SealStore(parts)
+        parts.memory.tree_cache.seals = self._seals
+        by_priority = parts.config.enable_priority_scheduling
+        self._without_ticket = WaitingQueue(
+            _arrival, displaces=_importance if by_priority else None
+        )
+        """Requests of `_handovers` that wait for decode's promise."""
+        self._deadlines = Deadlines()
 
     # ---- messages -------------------------------------------------------------------------------
 
@@ -63,23 +72,39 @@ class PrefillRole(EngineRole):
             req = self.checked_req(request)
             self._reqs[rid] = req
             if request.decode_instance:
-                self._check_room()
                 self.scheduler.check_request(req)
+                self._make_room_for(req)
+                # Meanwhile, so that a wrong grammar is told before decode promises anything.
+                self.scheduler.prepare_grammar(req)
                 self._handovers[rid] = Handover(req, request.decode_instance)
+                self._without_ticket.append(req)
+                self._deadlines.watch(req, req.deadline)
             else:
                 self.scheduler.add_request(req)
         except EngineError as error:
             self.refuse(rid, error)
             self.done(rid)
 
-    def _check_room(self) -> None:
-        """Raises QueueFullError: requests that wait for their ticket are bounded, too."""
-        limit = self.parts.config.max_queued_requests
-        if len(self._handovers) >= limit:
-            raise QueueFullError(
-                f"{len(self._handovers)} requests wait here or hand their KV over already, the "
-                "bound (--max-queued-requests); try again later"
-            )
+    def _make_room_for(self, req: Req) -> None:
+        """Raises QueueFullError: requests that wait for their ticket are bounded, too. With
+        priorities on, the least important of them gives way to a more important one."""
+        num_here = len(self._handovers)
+        if num_here < self.parts.config.max_queued_requests:
+            return
+        error = QueueFullError(
+            f"{num_here} requests wait here or hand their KV over already, the bound "
+            "(--max-queued-requests); try again later"
+        )
+        least = self._without_ticket.least_important()
+        if least is None or least.priority <= req.priority:
+            raise error
+        self._leave(least.rid)
+        self.refuse(least.rid, error)
+        self.done(least.rid)
+
+    def _leave(self, rid: RequestId) -> None:
+        """Forgets a request that waits for its ticket."""
+        self._without_ticket.remove(self._handovers.pop(rid).req)
 
     def _take_ticket(self, message: worker_pb2.TicketForPrefill) -> None:
         rid = make_rid(message.request_id, message.attempt)
@@ -93,10 +118,11 @@ class PrefillRole(EngineRole):
                 raise TransferError(f"the ticket of request {rid} is for {ticket.request_id}")
             self.agent.open(ticket)
         except TransferError as error:
-            del self._handovers[rid]
+            self._leave(rid)
             self.report_failure(rid, error.code.value, error.message, retryable=True)
             self.done(rid)
             return
+        self._without_ticket.remove(handover.req)
         handover.ticket = ticket
         handover.ticket_arrived = time.monotonic()
         try:
@@ -111,7 +137,7 @@ class PrefillRole(EngineRole):
             if not self.scheduler.abort_request(rid):
                 self.done(rid)
         elif handover.ticket is None:
-            del self._handovers[rid]
+            self._leave(rid)
             self.done(rid)
         else:
             self._give_up(rid, handover, TransferFailure.ABORTED, "the request was aborted")
@@ -126,6 +152,32 @@ class PrefillRole(EngineRole):
             self.scheduler.abort_request(rid)
 
     # ---- scheduler hooks ------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        super().poll()
+        for req in self._deadlines.take_expired(time.monotonic()):
+            # With a ticket it waits in the scheduler, which sees its deadline itself.
+            if req in self._without_ticket:
+                self._leave(req.rid)
+                detail = "its deadline passed while it waited for decode memory"
+                self.report_failure(req.rid, "DEADLINE_EXCEEDED", detail, retryable=False)
+                self.done(req.rid)
+
+    def on_request_aborted(self, req: Req) -> None:
+        """Ended by the scheduler (its deadline passed, or it gave its place to another): nothing
+        is left to hand over."""
+        handover = self._handovers.get(req.rid)
+        if handover is not None and handover.ticket is not None:
+            # An error goes to the router from here: decode need not report one, too.
+            failed = req.finish_reason is FinishReason.ERROR
+            failure = TransferFailure.NOT_NEEDED if failed else TransferFailure.ABORTED
+            self._give_up(req.rid, handover, failure, "the request has ended")
+
+    def on_grammar_failed(self, req: Req, error: EngineError) -> None:
+        if req in self._without_ticket:
+            self._leave(req.rid)
+            self.refuse(req.rid, error)
+            self.done(req.rid)
 
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
@@ -157,14 +209,14 @@ class PrefillRole(EngineRole):
         """
         page_size = self.parts.layout.page_size
         chain = self._chains.setdefault(req.rid, [])
-        committed = req.kv_committed_len
+        committed = req.kv_ready_len
         stop = -(-committed // page_size) if prompt_done else committed // page_size
         fresh = range(len(chain), stop)
         ids = req.token_ids(committed)
         for position in fresh:
             previous = chain[-1] if chain else namespace_hash(req.extra_key)
             chain.append(chain_hash(previous, ids[position * page_size :][:page_size]))
-        computed = range(max(fresh.start, req.prefix_len // page_size), stop)
+        computed = range(max(fresh.start, req.kv_ready_from // page_size), stop)
         if computed:
             pages = self.scheduler.request_pages(req)
             self._seals.seal(
@@ -185,7 +237,7 @@ class PrefillRole(EngineRole):
                     pages[position],
                     position=position,
                     chain_hash=chain[position],
-                    valid=layout.valid_tokens(position, req.kv_committed_len),
+                    valid=layout.valid_tokens(position, req.kv_ready_len),
                 )
                 for position in fresh
                 if position >= ticket.decode_prefix_len // layout.page_size
@@ -252,8 +304,15 @@ class PrefillRole(EngineRole):
 
     def status(self) -> worker_pb2.WorkerStatus:
         status = super().status()
-        no_ticket = [h.req for h in self._handovers.values() if h.ticket is None]
-        status.waiting += len(no_ticket)
-        status.queued_tokens += sum(req.seqlen for req in no_ticket)
-        status.transferring = len(self._handovers) - len(no_ticket)
+        status.waiting += len(self._without_ticket)
+        status.queued_tokens += self._without_ticket.num_tokens
+        status.transferring = len(self._handovers) - len(self._without_ticket)
         return status
+
+
+def _arrival(req: Req) -> Key:
+    return (req.t_arrival,)
+
+
+def _importance(req: Req) -> Key:
+    return (req.priority, req.t_arrival)

@@ -41,6 +41,19 @@ class SealStore:
         for page, link, count, digest in zip(pages, chain, valid, digests, strict=True):
             self._seals[page] = _Seal(self._allocator.generation(page), link, digest, count)
 
+    def digest_of(self, page: int) -> bytes | None:
+        """Of a whole page that was sealed and not given away since; None for any other."""
+        seal = self._seals.get(page)
+        if seal is None or seal.generation != self._allocator.generation(page):
+            return None
+        return seal.digest if seal.valid_tokens == self._layout.page_size else None
+
+    def reseal(self, page: int, *, chain_hash: bytes, digest: bytes) -> None:
+        """A whole page has come back from host memory as `page`, and was found to hold what
+        `digest` says."""
+        generation = self._allocator.generation(page)
+        self._seals[page] = _Seal(generation, chain_hash, digest, self._layout.page_size)
+
     def source_page(self, page: int, *, position: int, chain_hash: bytes, valid: int) -> SourcePage:
         """The page as the transfer takes it. Raises StaleSourceError unless it holds just that."""
         seal = self._seals.get(page)

@@ -1,4 +1,4 @@
-"""One attempt at a request, on one pair of workers."""
+"""One attempt at a request, on one pair of workers or on a unified one."""
 
 import time
 from collections.abc import Sequence
@@ -8,6 +8,9 @@ from router.phases import AttemptTimes
 from router.policy import Pair
 from router.request import GenerationRequest
 from router.worker_link import WorkerLink, WorkKey, WorkSink
+
+MIN_DEADLINE_S = 1e-3
+"""What is told of a deadline that passes just now: 0 would mean that there is none."""
 
 
 class Attempt:
@@ -25,18 +28,18 @@ class Attempt:
             sink: hears what the workers say.
         """
         self.pair = pair
-        self.times = AttemptTimes()
+        self.times = AttemptTimes(unified=pair.unified)
         self.prefill_spoke = False
-        """Prefill sent its token."""
+        """The first token came: from prefill, where there is a pair."""
         self.decode_spoke = False
-        """Decode sent a token, so the whole KV has arrived."""
+        """A later token came; from a decode worker, so the whole KV has arrived there."""
         self._request = request
         self._sink = sink
         self._key: WorkKey = (work_id, number)
         self._at_work: list[WorkerLink] = []
 
     def launch(self, *, output_so_far: Sequence[int], max_wait_s: float) -> None:
-        """Sends Reserve and Prefill at the same time.
+        """Sends Reserve and Prefill at the same time, or all of it to a unified worker.
 
         Args:
             output_so_far: tokens that earlier attempts produced.
@@ -45,6 +48,24 @@ class Attempt:
         request, (request_id, number) = self._request, self._key
         prefill, decode = self.pair.prefill, self.pair.decode
         self.times.sent_at = time.monotonic()
+        deadline_s = max(MIN_DEADLINE_S, request.deadline - self.times.sent_at)
+        if self.pair.unified:
+            self._attach_with_prompt(prefill, output_so_far)
+            prefill.send(
+                worker_pb2.RouterMessage(
+                    generate=worker_pb2.GenerateLocally(
+                        request_id=request_id,
+                        attempt=number,
+                        prompt_ids=request.prompt_ids,
+                        output_so_far=output_so_far,
+                        sampling=request.sampling,
+                        priority=request.priority,
+                        cache_salt=request.cache_salt,
+                        deadline_s=deadline_s,
+                    )
+                )
+            )
+            return
         if decode is not None:
             self._at_work.append(decode)
             decode.attach(self._key, self._sink)
@@ -60,12 +81,11 @@ class Attempt:
                         priority=request.priority,
                         max_wait_s=max_wait_s,
                         cache_salt=request.cache_salt,
+                        deadline_s=deadline_s,
                     )
                 )
             )
-        self._at_work.append(prefill)
-        tokens = len(request.prompt_ids) + len(output_so_far)
-        prefill.attach(self._key, self._sink, prompt_tokens=tokens)
+        self._attach_with_prompt(prefill, output_so_far)
         prefill.send(
             worker_pb2.RouterMessage(
                 prefill=worker_pb2.PrefillRequest(
@@ -77,9 +97,15 @@ class Attempt:
                     sampling=request.sampling,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    deadline_s=deadline_s,
                 )
             )
         )
+
+    def _attach_with_prompt(self, link: WorkerLink, output_so_far: Sequence[int]) -> None:
+        self._at_work.append(link)
+        tokens = len(self._request.prompt_ids) + len(output_so_far)
+        link.attach(self._key, self._sink, prompt_tokens=tokens)
 
     def forward_ticket(self, reserved: worker_pb2.Reserved) -> None:
         """Decode promised its memory: prefill may begin."""
@@ -94,8 +120,10 @@ class Attempt:
         )
 
     def note(self, link: WorkerLink, output: worker_pb2.RequestOutput) -> None:
-        """Keeps a worker's timing, and sees who is still needed."""
-        if link is self.pair.prefill:
+        """Keeps a worker's timing, and sees who is still needed. What a unified worker says after
+        its first token counts as decode's.
+        """
+        if link is self.pair.prefill and not (self.pair.unified and self.prefill_spoke):
             link.settle(self._key)
             self.prefill_spoke = self.prefill_spoke or bool(output.tokens)
             if output.HasField("timing"):
@@ -107,9 +135,12 @@ class Attempt:
 
     def needs(self, link: WorkerLink) -> bool:
         """The attempt cannot go on without this worker. Prefill's token may come after decode's
-        first one, and nobody else has it.
+        first one, and nobody else has it; a unified worker is needed to the end.
         """
-        return link is self.pair.decode or not (self.decode_spoke and self.prefill_spoke)
+        if link is self.pair.decode or not self.prefill_spoke:
+            return True
+        # Of a prefill worker that has taken its leave, decode has all the KV.
+        return not (self.decode_spoke or link.left)
 
     def gone(self, link: WorkerLink) -> None:
         """That worker ended the work itself, or is lost: it need not be told."""

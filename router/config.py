@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,47 @@ class RouterConfig:
     """How often a request is replayed on other workers before its error reaches the client."""
 
     replay_wait_s: float = 0.5
-    """How long a replay waits for a usable pair where none is left; together with
+    """How long a replay waits for usable workers where none are left; together with
     silence_timeout_s it stays below 5 s. Seconds."""
+
+    registry: Literal["memory", "redis", "kubernetes"] = "memory"
+    """Where the list of workers comes from: memory (workers tell this router, which is the only
+    one), redis (several routers share what each was told), kubernetes (the pods are the list)."""
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Where the shared registry is: redis://, rediss:// or unix://, with user and password. A
+    password is better given as BATON_REDIS_URL than as a flag."""
+
+    redis_prefix: str = "baton"
+    """Name under which this deployment's keys lie in Redis; routers that share workers share it."""
+
+    redis_ttl_s: float = 10.0
+    """A worker that no router has heard for this long leaves the shared registry. Seconds."""
+
+    redis_sync_s: float = 0.5
+    """How often a router tells Redis whom it hears, and looks whom others found. Seconds."""
+
+    kubernetes_namespace: str = ""
+    """Namespace of the workers' pods; empty: the router's own."""
+
+    kubernetes_selector: str = "app.kubernetes.io/part-of=baton"
+    """Label selector of the workers' pods, as kubectl takes it."""
+
+    kubernetes_role_label: str = "app.kubernetes.io/component"
+    """Label of a pod whose value is its worker's role: prefill, decode or unified."""
+
+    kubernetes_port_annotation: str = "baton.dev/grpc-port"
+    """Annotation of a pod with its worker's gRPC port; without it, the container port `grpc`."""
+
+    kubernetes_drain_annotation: str = "baton.dev/drain"
+    """A pod with this annotation gets no new requests, unless its value is empty or false."""
+
+    kubernetes_reconcile_s: float = 60.0
+    """All pods are listed anew at least this often, whatever the watch says. Seconds."""
+
+    kubernetes_kubeconfig: str = ""
+    """File that says where the cluster's API is; empty: the pod's service account, else the
+    user's own file."""
 
     heartbeat_interval_s: float = 1.0
     """How often a worker tells the registry that it lives. Seconds."""
@@ -126,12 +166,24 @@ class RouterConfig:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.registry == "redis" and urlsplit(self.redis_url).scheme not in REDIS_SCHEMES:
+            # The URL itself may hold a password.
+            raise ValueError(f"redis_url must begin with one of {', '.join(REDIS_SCHEMES)}://")
+        if not self.redis_prefix or set(self.redis_prefix) & set("{}"):
+            raise ValueError(f"redis_prefix must be a name without braces: {self.redis_prefix!r}")
+        if self.redis_sync_s * 3 > self.redis_ttl_s:
+            raise ValueError(
+                f"redis_ttl_s ({self.redis_ttl_s}) must be at least three times redis_sync_s "
+                f"({self.redis_sync_s}), or healthy workers leave the list"
+            )
         if self.ping_interval_s >= self.silence_timeout_s:
             raise ValueError(
                 f"ping_interval_s ({self.ping_interval_s}) must be below silence_timeout_s "
                 f"({self.silence_timeout_s}), or healthy workers look lost"
             )
 
+
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 TLS_NEEDS = (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert"))
 """Settings of TLS that mean nothing alone, and what each needs."""
@@ -151,6 +203,9 @@ POSITIVE = (
     "request_timeout_s",
     "max_reserve_wait_s",
     "replay_wait_s",
+    "redis_ttl_s",
+    "redis_sync_s",
+    "kubernetes_reconcile_s",
     "heartbeat_interval_s",
     "heartbeat_timeout_s",
     "forget_lost_s",

@@ -70,7 +70,11 @@ class Router:
 
     def why_not_ready(self) -> str:
         """Empty while requests can be served; else what is missing."""
-        return "the router is stopping" if self.draining else self.fleet.why_unusable()
+        if self.draining:
+            return "the router is stopping"
+        reason, problem = self.fleet.why_unusable(), self.fleet.registry.health().problem
+        # Known workers serve on without the registry; its failure may be why there are none.
+        return f"{reason} ({problem})" if reason and problem else reason
 
     async def admit(self, spec: RequestSpec) -> Admitted:
         """Checks a request and gives it a place. Close the journey, whatever happens.

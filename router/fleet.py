@@ -1,4 +1,4 @@
-"""The workers as a whole: links to all, which pairs are usable, and what they can hold."""
+"""The workers as a whole: links to all, who can take a request, and what they can hold."""
 
 import asyncio
 import contextlib
@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import grpc
 
 from protos.baton.v1 import inference_pb2, worker_pb2
+from protos.errors import BatonError, ErrorCode
 from router.config import RouterConfig
 from router.policy import Pair
-from router.registry import WorkerRecord, WorkerRegistry
+from router.registry import ROLES, Listeners, WorkerRecord, WorkerRegistry
 from router.worker_link import SessionLost, WorkerLink
 
 logger = logging.getLogger(__name__)
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
+UNIFIED = inference_pb2.WORKER_ROLE_UNIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,21 @@ class ModelFacts:
     """Longest prompt + one token that the largest empty prefill worker holds; 0: unknown."""
     decode_capacity_tokens: int
     """Longest prompt + output that the largest empty decode worker holds; 0: unknown."""
+    unified_capacity_tokens: int = 0
+    """The same of the largest empty unified worker; 0: there is none."""
     fingerprint: str = ""
     """Of the workers: what makes the model's numbers (weights, dtype, layout)."""
+
+    def memory_for(self, prompt_tokens: int) -> tuple[int, str]:
+        """Longest prompt + output that empty workers hold, given such a prompt, and the role of
+        those that hold it. Tokens; 0: unknown.
+        """
+        pair = self.decode_capacity_tokens
+        if self.prefill_capacity_tokens and prompt_tokens + 1 > self.prefill_capacity_tokens:
+            pair = 0
+        if self.unified_capacity_tokens > pair:
+            return self.unified_capacity_tokens, "unified"
+        return pair, "decode"
 
 
 class Fleet:
@@ -44,14 +59,22 @@ class Fleet:
     def __init__(self, registry: WorkerRegistry, *, config: RouterConfig) -> None:
         self.registry = registry
         self._config = config
-        self._router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._links: dict[str, WorkerLink] = {}
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
-        registry.subscribe(added=self._added, removed=self._removed, beat=self._beat)
+        registry.subscribe(
+            Listeners(
+                added=self._added,
+                removed=self._removed,
+                beat=self._beat,
+                changed=lambda _: self._on_change(None),
+            )
+        )
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        await self.registry.start()
         self._sweeper = asyncio.create_task(self._sweep(), name="fleet sweeper")
 
     async def close(self) -> None:
@@ -60,6 +83,7 @@ class Fleet:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
+        await self.registry.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close("the router stops") for link in links), *self._closing)
 
@@ -68,23 +92,26 @@ class Fleet:
     def pairs(
         self, *, total_tokens: int, prompt_tokens: int, one_token: bool = False
     ) -> list[Pair]:
-        """Pairs that can take a request of this size: both ready, KV session up, memory enough.
+        """Pairs that can take a request of this size: both ready, KV session up, memory enough;
+        and every unified worker, as a pair with itself, that is ready and holds it.
 
         Args:
-            total_tokens: prompt + output that decode must hold.
+            total_tokens: prompt + output that decode, or a unified worker, must hold.
             prompt_tokens: tokens whose KV prefill must hold.
             one_token: no decode follows, so pairs have none.
         """
         prefills = [link for link in self._ready(PREFILL) if _holds(link, prompt_tokens + 1)]
+        unified = [link for link in self._ready(UNIFIED) if _holds(link, total_tokens)]
+        alone = [Pair(link, link) for link in unified]
         if one_token:
-            return [Pair(link, None) for link in prefills]
+            return [Pair(link, None) for link in prefills] + alone
         decodes = [link for link in self._ready(DECODE) if _holds(link, total_tokens)]
         return [
             Pair(prefill, decode)
             for prefill in prefills
             for decode in decodes
             if _attached(prefill, decode.id) and _attached(decode, prefill.id)
-        ]
+        ] + alone
 
     def _ready(self, role: inference_pb2.WorkerRole) -> list[WorkerLink]:
         return [
@@ -92,14 +119,26 @@ class Fleet:
         ]
 
     def why_unusable(self) -> str:
-        """Empty while a pair is usable; else what is missing, for clients and operators."""
+        """Empty while a pair or a unified worker is usable; else what is missing, for clients and
+        operators."""
         if self.pairs(total_tokens=0, prompt_tokens=0):
             return ""
-        for role, name in ((PREFILL, "prefill"), (DECODE, "decode")):
+        listed = {record.role for record in self.registry.workers()}
+        if UNIFIED not in listed:
+            return self._why_no_pair()
+        if listed.isdisjoint({PREFILL, DECODE}):
+            return self._none_ready(UNIFIED)
+        return f"{self._why_no_pair()}; {self._none_ready(UNIFIED)}"
+
+    def _none_ready(self, role: inference_pb2.WorkerRole) -> str:
+        lost = [r.id for r in self.registry.workers() if r.role == role and not r.ready]
+        known = f" (not ready: {', '.join(lost)})" if lost else ""
+        return f"no {ROLES[role]} worker is ready{known}"
+
+    def _why_no_pair(self) -> str:
+        for role in (PREFILL, DECODE):
             if not self._ready(role):
-                lost = [r.id for r in self.registry.workers() if r.role == role and not r.ready]
-                known = f" (not ready: {', '.join(lost)})" if lost else ""
-                return f"no {name} worker is ready{known}"
+                return self._none_ready(role)
         reasons = [
             f"{link.id} → {peer.instance_id}: {peer.reason}"
             for link in self._ready(PREFILL)
@@ -123,6 +162,7 @@ class Fleet:
             vocab_size=first.vocab_size,
             prefill_capacity_tokens=_capacity(records, PREFILL),
             decode_capacity_tokens=_capacity(records, DECODE),
+            unified_capacity_tokens=_capacity(records, UNIFIED),
             fingerprint=records[0].registration.fingerprint,
         )
 
@@ -140,6 +180,43 @@ class Fleet:
             logger.debug("no fresh figures of worker %s: %s", link.id, error)
         else:
             link.record.status = status
+
+    # ---- operators' words -----------------------------------------------------------------------
+
+    async def drain(self, name: str, *, timeout_s: float | None) -> str:
+        """Tells a worker to drain; its instance id.
+
+        Args:
+            name: instance id, the unambiguous beginning of one, or an address.
+            timeout_s: seconds after which it hands over what still runs; None: its own setting.
+
+        Raises:
+            BatonError: NOT_FOUND, INVALID_ARGUMENT (ambiguous), or UNAVAILABLE (out of reach).
+        """
+        link = self._named(name)
+        try:
+            await link.drain(timeout_s=timeout_s)
+        except (grpc.RpcError, SessionLost) as error:
+            raise BatonError(
+                ErrorCode.UNAVAILABLE, f"worker {link.id} cannot be told to drain: {error}"
+            ) from error
+        await self._refresh(link)
+        self._on_change(link)
+        return link.id
+
+    def _named(self, name: str) -> WorkerLink:
+        links = list(self._links.values())
+        exact = [link for link in links if name in (link.id, link.record.registration.address)]
+        found = exact or [link for link in links if name and link.id.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            known = ", ".join(sorted(link.id for link in links)) or "none"
+            raise BatonError(
+                ErrorCode.NOT_FOUND, f"no worker is called {name or 'nothing'}; there are: {known}"
+            )
+        ids = ", ".join(sorted(link.id for link in found))
+        raise BatonError(ErrorCode.INVALID_ARGUMENT, f"{name} may be any of: {ids}")
 
     # ---- changes --------------------------------------------------------------------------------
 
@@ -179,7 +256,7 @@ class Fleet:
 
     def _added(self, record: WorkerRecord) -> None:
         link = WorkerLink(
-            record, router_id=self._router_id, config=self._config, on_change=self._on_change
+            record, router_id=self.router_id, config=self._config, on_change=self._on_change
         )
         self._links[record.id] = link
         link.start()
@@ -207,7 +284,7 @@ class Fleet:
             for record in self.registry.workers():
                 silent_s = now - max(record.last_heartbeat, record.lost_since)
                 if not record.connected and silent_s > limit_s:
-                    await self.registry.remove(record.id, reason=f"silent for {silent_s:.0f} s")
+                    self.registry.forget(record.id, reason=f"silent for {silent_s:.0f} s")
 
 
 def _holds(link: WorkerLink, tokens: int) -> bool:

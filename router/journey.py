@@ -1,9 +1,9 @@
 """One request from the choice of its workers to its last token.
 
 Reserve goes to decode and Prefill to prefill at the same moment; decode's ticket is forwarded;
-tokens come from both and leave in the order of their index. When a worker dies, the same prompt,
-the output so far and the same seed go to another pair, and the client sees neither a gap nor a
-double.
+tokens come from both and leave in the order of their index. A unified worker does it all by itself.
+When a worker dies, the same prompt, the output so far and the same seed go to another pair or
+unified worker, and the client sees neither a gap nor a double.
 """
 
 import asyncio
@@ -95,7 +95,7 @@ class Journey:
         """
         try:
             if not self._over and not self._launch():
-                raise self._unavailable(self._fleet.why_unusable() or "no pair holds its tokens")
+                raise self._unavailable(self._fleet.why_unusable() or "no worker holds its tokens")
             while True:
                 delta = self._take()
                 if delta is not None:
@@ -163,7 +163,7 @@ class Journey:
     # ---- attempts -------------------------------------------------------------------------------
 
     def _launch(self) -> bool:
-        """Sends the request to a pair. False: none is usable."""
+        """Sends the request to a pair or a unified worker. False: none is usable."""
         request, so_far = self.request, self._output.ids
         pairs = self._fleet.pairs(
             total_tokens=request.total_tokens,
@@ -206,7 +206,7 @@ class Journey:
                 why = self._fleet.why_unusable() or "none holds its tokens"
                 raise BatonError(
                     ErrorCode.UNAVAILABLE,
-                    f"{setback.message}; no other pair is usable: {why}",
+                    f"{setback.message}; no other worker is usable: {why}",
                     retry_after_s=1.0,
                 )
             await self._fleet.wait_for_change(left_s)

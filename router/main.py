@@ -22,7 +22,7 @@ from router.config import RouterConfig
 from router.core import Router
 from router.http.app import create_app
 from router.http.connection import BoundedProtocol, ConnectionBounds
-from router.registry import InMemoryRegistry
+from router.registry_choice import make_registry
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,9 @@ class RouterServer:
     """A running router. Use it as an async context manager, or call start and stop."""
 
     def __init__(self, config: RouterConfig) -> None:
+        """Raises RegistryUnavailableError (an OSError): the registry asked for cannot be made."""
         self.config = config
-        self.router = Router(config, InMemoryRegistry())
+        self.router = Router(config, make_registry(config))
         self._checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self._grpc: list[grpc.aio.Server] = []
@@ -75,7 +76,7 @@ class RouterServer:
         except BaseException:
             listener.close()
             raise
-        self.router.fleet.start()
+        await self.router.fleet.start()
         self._http = self._make_http()
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http door"),
@@ -99,7 +100,8 @@ class RouterServer:
     async def stop(self, *, drain_timeout_s: float) -> None:
         """Takes no new request, lets those that run finish for so long, then ends all."""
         self.router.draining = True
-        await self._checks.enter_graceful_shutdown()
+        # Not ready, yet alive: a liveness probe must not end what a drain lets finish.
+        await self._checks.set(service.SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
         if self.router.live:
             logger.info("stopping: %d requests to finish", self.router.live)
         if not await self.router.wait_until_idle(drain_timeout_s):
@@ -155,7 +157,7 @@ class RouterServer:
     def _add_registry(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_RegistryServicer_to_server(
             registry_service.RegistryService(
-                self.router.fleet.registry, heartbeat_interval_s=self.config.heartbeat_interval_s
+                self.router.fleet, heartbeat_interval_s=self.config.heartbeat_interval_s
             ),
             server,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.fleet import Fleet
@@ -76,7 +76,7 @@ class RouterMetrics:
             self._kv_bytes.labels(journey.transport).inc(journey.kv_bytes)
         if journey.times.ttft_s is not None:
             self._ttft.observe(journey.times.ttft_s)
-        if journey.times.handover_s is not None:
+        if journey.times.handover_s is not None and journey.times.handed_over:
             self._handover.observe(journey.times.handover_s)
 
     def render(self) -> bytes:
@@ -106,6 +106,7 @@ class _FleetCollector(Collector):
             workers.add_metric(list(labels), count)
         yield workers
         yield self._pages()
+        yield from self._source()
 
     def _pages(self) -> Metric:
         pages = GaugeMetricFamily(
@@ -116,3 +117,28 @@ class _FleetCollector(Collector):
                 count = getattr(record.status.pages, state)
                 pages.add_metric([record.id, record.role_name, state], count)
         return pages
+
+    def _source(self) -> Iterable[Metric]:
+        registry = self._fleet.registry
+        health = registry.health()
+        up = GaugeMetricFamily(
+            "baton_registry_up",
+            "1 while the source of the list of workers answers, 0 while the last list is used",
+            labels=["kind"],
+        )
+        up.add_metric([registry.kind], int(health.up))
+        yield up
+        age = GaugeMetricFamily(
+            "baton_registry_sync_age_seconds",
+            "Time since the list of workers last agreed with its source",
+            labels=["kind"],
+        )
+        age.add_metric([registry.kind], registry.sync_age_s())
+        yield age
+        failures = CounterMetricFamily(
+            "baton_registry_failures",
+            "How often the source of the list of workers did not answer",
+            labels=["kind"],
+        )
+        failures.add_metric([registry.kind], health.failures)
+        yield failures

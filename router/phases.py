@@ -14,10 +14,13 @@ from protos.baton.v1 import inference_pb2, worker_pb2
 
 @dataclass(slots=True)
 class AttemptTimes:
-    """What is known of one attempt on one pair of workers."""
+    """What is known of one attempt."""
 
     sent_at: float = 0.0
-    """When Reserve and Prefill left. Seconds, monotonic."""
+    """When its requests to the workers left. Seconds, monotonic."""
+    unified: bool = False
+    """One worker did both phases: nothing was handed over, so that of the handover only join (the
+    wait for the step in which it decodes) and the first decode step have a duration."""
     reserve_ms: float = 0.0
     prefill: worker_pb2.WorkerTiming = field(default_factory=worker_pb2.WorkerTiming)
     decode: worker_pb2.WorkerTiming = field(default_factory=worker_pb2.WorkerTiming)
@@ -35,6 +38,12 @@ class RequestTimes:
     """The attempt that gave token 0."""
     second_attempt: AttemptTimes | None = None
     """The attempt whose decode worker gave token 1; None where a replayed prefill did."""
+
+    @property
+    def handed_over(self) -> bool:
+        """The second token came from another worker than the first."""
+        second = self.second_attempt
+        return self.second_at is not None and (second is None or not second.unified)
 
     @property
     def ttft_s(self) -> float | None:

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from protos.baton.v1 import worker_pb2
+from protos.baton.v1 import inference_pb2, worker_pb2
 from protos.errors import BatonError, ErrorCode
 from router.fleet import ModelFacts
 
@@ -44,6 +44,8 @@ class RequestSpec:
     prompt_logprobs: int | None = None
     """Absent: none; 0: of the prompt's own tokens, without alternatives."""
     cache_salt: str = ""
+    grammar: inference_pb2.Grammar | None = None
+    """What the output must look like; its size and form are checked."""
     stop: Sequence[str] = ()
     """Texts that end the output; found by the router."""
     skip_special_tokens: bool | None = None
@@ -123,10 +125,12 @@ def check_prompt(ids: Sequence[int], *, model: ModelFacts) -> None:
             "must also hold one token of output",
             "prompt",
         )
-    for limit, name in (
-        (model.prefill_capacity_tokens, "prefill"),
-        (model.decode_capacity_tokens, "decode"),
-    ):
+    if len(ids) + 1 <= model.unified_capacity_tokens:
+        return
+    limits = [(model.prefill_capacity_tokens, "prefill"), (model.decode_capacity_tokens, "decode")]
+    if not any(limit for limit, _ in limits):
+        limits = [(model.unified_capacity_tokens, "unified")]
+    for limit, name in limits:
         if limit and len(ids) + 1 > limit:
             raise invalid(
                 f"the prompt has {len(ids)} tokens; with one token of output it exceeds the "

@@ -77,6 +77,7 @@ def resolve_sampling(
         top_logprobs=top_logprobs,
         min_tokens=_min_tokens(spec, max_tokens=max_tokens),
         prompt_logprobs=_prompt_logprobs(spec, prompt_tokens=prompt_tokens),
+        grammar=spec.grammar,
     )
 
 
@@ -144,15 +145,12 @@ def _min_tokens(spec: RequestSpec, *, max_tokens: int) -> int:
 
 
 def _max_tokens(spec: RequestSpec, *, prompt_tokens: int, model: ModelFacts) -> int:
+    memory, role = model.memory_for(prompt_tokens)
     bounds = [
         (limit - prompt_tokens, what)
         for limit, what in (
             (model.context_length, f"the model's context of {model.context_length} tokens"),
-            (
-                model.decode_capacity_tokens,
-                f"the {model.decode_capacity_tokens} tokens that the memory of an empty decode "
-                "worker holds",
-            ),
+            (memory, f"the {memory} tokens that the memory of an empty {role} worker holds"),
         )
         if limit
     ]

@@ -11,6 +11,7 @@ from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from protos.errors import BatonError, ErrorCode
 from protos.version import PROTOCOL_VERSION
 from router.core import Router, version
+from router.grammar import check_grammar
 from router.output import Delta
 from router.request import RequestSpec
 from router.stall import StallGuard
@@ -91,11 +92,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             version=version(),
             protocol_version=PROTOCOL_VERSION,
             workers=[record.info() for record in self._router.fleet.registry.workers()],
+            router_id=self._router.fleet.router_id,
+            registry=self._router.fleet.registry.info(),
         )
 
 
 def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) -> RequestSpec:
-    """Raises BatonError (INVALID_ARGUMENT) for a request without a prompt."""
+    """Raises BatonError (INVALID_ARGUMENT) for a request without a prompt, or with a grammar of a
+    wrong form."""
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise BatonError(
@@ -125,6 +129,7 @@ def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) 
         min_tokens=sampling.min_tokens,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         cache_salt=request.cache_salt,
+        grammar=check_grammar(sampling.grammar),
         stop=sampling.stop,
         skip_special_tokens=(
             sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else None

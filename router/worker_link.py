@@ -73,6 +73,8 @@ class WorkerLink:
         """Prompt tokens given to this worker that have not become a first token yet."""
         self.told_peers: worker_pb2.PeerUpdate | None = None
         """What a prefill worker was told of decode workers in this session; the fleet's to set."""
+        self.left = False
+        """It has taken its leave: what it took is finished, and it is not dialled again."""
         self._router_id = router_id
         self._config = config
         self._on_change = on_change
@@ -130,17 +132,40 @@ class WorkerLink:
 
     async def get_status(self, *, timeout_s: float) -> worker_pb2.WorkerStatus:
         """Asks the worker for its figures now. Raises grpc.RpcError or SessionLost."""
-        channel = self._channel
+        status = await self._ask(
+            "GetStatus",
+            worker_pb2.GetStatusRequest(),
+            answer=worker_pb2.WorkerStatus,
+            timeout_s=timeout_s,
+        )
+        return cast(worker_pb2.WorkerStatus, status)
+
+    async def drain(self, *, timeout_s: float | None) -> None:
+        """Tells the worker to drain. Raises grpc.RpcError or SessionLost."""
+        await self._ask(
+            "Drain",
+            worker_pb2.DrainRequest(timeout_s=timeout_s),
+            answer=worker_pb2.DrainResponse,
+            timeout_s=self._config.silence_timeout_s,
+        )
+
+    async def _ask(self, method: str, request: Any, *, answer: Any, timeout_s: float) -> Any:
+        """One call beside the session, over its connection."""
+        channel, task = self._channel, asyncio.current_task()
         if channel is None or not self.record.connected:
             raise SessionLost(f"worker {self.id} is not connected")
         call = channel.unary_unary(
-            "/baton.v1.Worker/GetStatus",
-            request_serializer=worker_pb2.GetStatusRequest.SerializeToString,
-            response_deserializer=worker_pb2.WorkerStatus.FromString,
+            f"/baton.v1.Worker/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answer.FromString,
         )
-        return cast(
-            worker_pb2.WorkerStatus, await call(worker_pb2.GetStatusRequest(), timeout=timeout_s)
-        )
+        try:
+            return await call(request, timeout=timeout_s)
+        except asyncio.CancelledError:
+            # A channel that is closed cancels its calls, and with them whoever awaits one.
+            if task is None or task.cancelling():
+                raise
+            raise SessionLost(f"the session with worker {self.id} ended") from None
 
     # ---- session --------------------------------------------------------------------------------
 
@@ -157,6 +182,8 @@ class WorkerLink:
                 logger.exception("session with worker %s failed", self.id)
                 reason = repr(error)
             self._down(reason)
+            if self.left:
+                return
             if time.monotonic() - started > LAST_BACKOFF_S:
                 backoff_s = FIRST_BACKOFF_S
             await asyncio.sleep(backoff_s)
@@ -289,6 +316,9 @@ class WorkerLink:
             sink = self._work.get((message.failed.request_id, message.failed.attempt))
             if sink is not None:
                 sink.on_failed(self, message.failed)
+        elif kind == "goodbye":
+            self.left = True
+            raise SessionLost("it has drained and left")
         elif kind == "peer":
             self.record.peers[message.peer.instance_id] = message.peer
             self._on_change(self)
@@ -315,6 +345,7 @@ class WorkerLink:
 
     def _down(self, reason: str) -> None:
         self._channel = None
+        self.record.lost_reason = reason
         if not self.record.connected:
             return
         self.record.connected = False

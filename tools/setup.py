@@ -77,6 +77,12 @@ def set_up(venv: Path) -> None:
     say(4, "checking that it starts")
     check_install(venv)
     stamp.write_text(wanted)
+    if shutil.which("redis-server") is None:
+        print(
+            "setup: redis-server is not installed, so the tests of the shared registry will be "
+            "skipped; on Debian or Ubuntu: apt-get install redis-server",
+            flush=True,
+        )
     print(f"setup: done in {time.monotonic() - started:.0f} s", flush=True)
 
 

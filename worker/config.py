@@ -3,16 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["prefill", "decode"]
+from engine.scheduler.config import SchedulePolicyName
+from engine.types import HostWritePolicy, RadixEvictionPolicy
+
+Role = Literal["prefill", "decode", "unified"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["auto", "nixl", "grpc"]
 LoadFormat = Literal["auto", "dummy"]
+Overlap = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """Everything that a prefill or decode worker needs to start."""
+    """Everything that a worker of any role needs to start."""
 
     model: str
     """Hugging Face model directory: config.json, safetensors, tokenizer.json."""
@@ -30,7 +34,8 @@ class WorkerConfig:
     """TCP port of the worker's gRPC server; 0 picks a free one."""
 
     router: str = "127.0.0.1:50051"
-    """host:port of the router's gRPC server, where the worker registers."""
+    """host:port of the router's gRPC server, where the worker registers; several, with commas
+    between, and it registers with each. Empty: none, it waits to be found (Kubernetes)."""
 
     device: Device = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
@@ -42,7 +47,8 @@ class WorkerConfig:
     """auto: bfloat16 on CUDA; on a CPU, float32 (exact against the reference)."""
 
     transport: TransportName = "auto"
-    """How KV moves: auto prefers nixl where both sides have it, else grpc."""
+    """How KV moves between workers: auto prefers nixl where both sides have it, else grpc. A
+    unified worker moves none."""
 
     page_size: int = 64
     """Tokens a KV page; larger pages move faster, smaller ones share prefixes more finely."""
@@ -52,6 +58,33 @@ class WorkerConfig:
 
     max_prefill_tokens: int = 16384
     """Most prompt tokens in one step over all requests. Tokens."""
+
+    enable_mixed_chunk: bool = True
+    """Requests that decode take part in the steps that compute a prompt's chunks, instead of
+    waiting for each. Matters on a unified worker, whose phases share the steps, and on a decode
+    worker that computes a retracted request again. Steps in which one side wants log probabilities
+    are not mixed."""
+
+    overlap: Overlap = "auto"
+    """Launch each step before the results of the step before are handled, so that the host works
+    while the device computes; the outputs are the same. auto: on for CUDA, off for a CPU, which
+    gains nothing."""
+
+    split_prefill_layers: int = 0
+    """Layers of a prompt's step that run at a time: requests that decode get a step between the
+    parts (and steps are not mixed then). 0 runs all layers at once. Layers."""
+
+    schedule_conservativeness: float = 1.0
+    """Scales how much of each request's possible output is counted as needed when a prompt is
+    admitted; above 0. Larger means fewer retractions and smaller batches."""
+
+    decode_reserve_tokens: int = 512
+    """Tokens that each running request may still grow, as a decode worker counts them before it
+    promises memory to another; too many of them halve its throughput. Tokens."""
+
+    truncation_align_size: int = 0
+    """Chunks of a prompt end at multiples of this many tokens as well, where a deterministic kernel
+    asks for it; 0: at whole pages only. Tokens."""
 
     max_total_tokens: int = 0
     """Size of the KV pool in tokens; 0: on CUDA from mem_fraction, on a CPU 65,536."""
@@ -69,11 +102,33 @@ class WorkerConfig:
     max_queued_requests: int = 4096
     """Most requests that wait in this worker; one more is refused with RESOURCE_EXHAUSTED."""
 
+    schedule_policy: SchedulePolicyName = "fcfs"
+    """Which waiting request goes first: the oldest (fcfs), the one with the longest cached prefix
+    (lpm), those that share a cached prefix together (dfs-weight), the one with the longest output
+    (lof), or any (random). All but fcfs trade fairness for throughput."""
+
+    enable_priority_scheduling: bool = False
+    """Requests of smaller priority go first, and the policy orders equals; off, priorities are not
+    looked at."""
+
+    priority_preemption_threshold: int = 10
+    """With priority scheduling: a waiting request sends running ones back to the queue whose
+    priority is larger by more than this, where memory or places are short. They go on later, with
+    the same output."""
+
     max_context_length: int = 0
     """Longest prompt + output in tokens; 0: the model's own."""
 
     landing_slots: int = 0
     """Pages of the landing window that peers may write (decode); 0: 1/8 of the pool, 16 to 512."""
+
+    drain_timeout_s: float = 60.0
+    """Longest a draining worker goes on with what it has taken; what still runs then is handed
+    over: its router replays it on other workers. Seconds."""
+
+    grammar_timeout_s: float = 10.0
+    """Longest a request waits for its grammar (a JSON schema, regular expression or EBNF) to be
+    compiled; a grammar that takes longer is refused. Seconds."""
 
     lease_s: float = 30.0
     """Seconds without a sign of life after which a transfer is given up."""
@@ -84,6 +139,24 @@ class WorkerConfig:
 
     enable_radix_cache: bool = True
     """Keep the KV of finished prompts for requests that share a prefix."""
+
+    radix_eviction_policy: RadixEvictionPolicy = "lru"
+    """Which cached prefix gives way to new KV: the least recently used (lru), or the least often
+    used (lfu), which keeps a system prompt through a flood of other requests."""
+
+    host_cache_tokens: int = 0
+    """Host memory for prefixes that the KV pool has no room for: they are copied back when a
+    request asks for one. Tokens; 0: none, an evicted prefix is computed again. On a GPU the memory
+    is locked at the start; a token takes what it takes in the pool (128 KiB in an 8B Llama)."""
+
+    host_write_policy: HostWritePolicy = "write_through"
+    """When a prefix is copied to host memory: write_through, when it enters the cache, so that
+    evicting it costs nothing; write_back, when it is evicted, which moves less and waits for it."""
+
+    retract_host_tokens: int = 0
+    """Host memory for the KV of requests that a decode or unified worker had to send back to its
+    queue: they go on without computing it again, where copying is faster. Tokens; 0: none. A
+    prefill worker sends none back and takes no memory for it."""
 
     verify_kv: bool = True
     """Compare every page's digest on both sides of the handover."""

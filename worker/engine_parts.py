@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 import torch
 
 from engine.execution.device import resolve_device, resolve_dtype
 from engine.execution.model_runner import ModelRunner, load_model_runner
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.llguidance_backend import LlguidanceBackend
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.memory.pools import MemoryPools, make_memory_pools
 from engine.model_config import ModelConfig
@@ -20,6 +23,7 @@ from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
 from worker.fingerprint import model_digest
+from worker.host_memory import host_cache_copier, retract_copier
 from worker.transports import TransferMemory, Transports, make_transports
 
 OUTBOX_SLOTS = 16
@@ -27,6 +31,17 @@ OUTBOX_SLOTS = 16
 
 MIN_WINDOW_SLOTS, MAX_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 512, 8
 """The window is this fraction of the pool; larger prompts stream through it."""
+
+
+class KvTraffic(Enum):
+    """Which way a role's KV travels; decides what memory and transports its engine takes."""
+
+    SENDS = auto()
+    """Pages leave the pool for other workers' windows (prefill)."""
+    RECEIVES = auto()
+    """Pages land in a window of its own (decode)."""
+    NONE = auto()
+    """Both phases are computed here, so nothing moves and no transport is opened (unified)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +68,7 @@ class EngineParts:
     fingerprint: str
     transports: Transports
     agent: TransferAgent
+    grammars: GrammarCompiler
     device: torch.device
 
     @property
@@ -71,11 +87,24 @@ class EngineParts:
                 max_prefill_tokens=config.max_prefill_tokens,
                 max_running_requests=config.max_running_requests,
                 max_queued_requests=config.max_queued_requests,
+                enable_mixed_chunk=config.enable_mixed_chunk,
+                enable_overlap=(
+                    config.overlap == "on"
+                    or (config.overlap == "auto" and self.device.type == "cuda")
+                ),
+                split_prefill_layers=config.split_prefill_layers,
+                schedule_conservativeness=config.schedule_conservativeness,
+                decode_reserve_tokens=config.decode_reserve_tokens,
+                truncation_align_size=config.truncation_align_size or None,
+                schedule_policy=config.schedule_policy,
+                enable_priority_scheduling=config.enable_priority_scheduling,
+                priority_preemption_threshold=config.priority_preemption_threshold,
             ),
             self.runner,
             self.memory,
             role,
             self.device,
+            self.grammars,
         )
 
     def ready(self) -> channel_pb2.EngineReady:
@@ -113,11 +142,12 @@ class EngineParts:
             self.transports.grpc.on_write_done(write_id, error)
 
 
-def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bool) -> EngineParts:
+def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraffic) -> EngineParts:
     """Loads the model, takes the memory, opens the transports.
 
     Raises EngineError or TransferError, worded for the operator.
     """
+    receives, sends = traffic is KvTraffic.RECEIVES, traffic is KvTraffic.SENDS
     device = resolve_device(config.device, config.device_index)
     dtype = resolve_dtype(config.dtype, device)
     _set_up_torch(device, config)
@@ -140,10 +170,10 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bo
         page_size=config.page_size,
         max_total_tokens=config.max_total_tokens,
         mem_fraction=config.mem_fraction,
-        reserved_bytes=window_bytes if receives_kv else 0,
+        reserved_bytes=window_bytes if receives else 0,
         load_format=config.load_format,
         max_context_length=config.max_context_length,
-        graphs_up_to=config.cuda_graph_max_batch if receives_kv else 0,
+        graphs_up_to=0 if sends else config.cuda_graph_max_batch,
     )
     pool = runner.kv_pool
     memory = make_memory_pools(
@@ -153,11 +183,14 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bo
         max_context_len=runner.model_config.context_length,
         device=str(device),
         enable_radix_cache=config.enable_radix_cache,
+        eviction_policy=config.radix_eviction_policy,
+        host_copier=host_cache_copier(config, pool, layout),
+        host_write_policy=config.host_write_policy,
+        retract_copier=None if sends else retract_copier(config, pool, layout),
     )
-    source = None if receives_kv else pool.as_bytes()
-    _progress(
-        process, f"{pool.num_pages} KV pages of {config.page_size} tokens; opening transports"
-    )
+    source = pool.as_bytes() if sends else None
+    opening = "" if traffic is KvTraffic.NONE else "; opening transports"
+    _progress(process, f"{pool.num_pages} KV pages of {config.page_size} tokens{opening}")
     transports = make_transports(
         config.transport,
         instance_id=process.instance_id,
@@ -165,8 +198,8 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bo
             layout=layout,
             device=device,
             source=source,
-            window_slots=_window_slots(config, pool.num_pages) if receives_kv else 0,
-            outbox_slots=0 if receives_kv else OUTBOX_SLOTS,
+            window_slots=_window_slots(config, pool.num_pages) if receives else 0,
+            outbox_slots=OUTBOX_SLOTS if sends else 0,
             window_fd=process.window_fd,
             outbox_fd=process.outbox_fd,
         ),
@@ -193,6 +226,15 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, receives_kv: bo
             verify=config.verify_kv,
             lease_s=config.lease_s,
             wake=process.channel.wake,
+        ),
+        grammars=GrammarCompiler(
+            LlguidanceBackend(
+                directory / "tokenizer.json",
+                vocab_size=runner.model_config.vocab_size,
+                eos_token_ids=runner.model_config.eos_token_ids,
+            ),
+            timeout_s=config.grammar_timeout_s,
+            on_done=process.channel.wake,
         ),
         device=device,
     )

@@ -8,7 +8,9 @@ import time
 from abc import abstractmethod
 
 from engine.errors import EngineError, InvalidRequestError
+from engine.grammar.spec import Grammar, GrammarKind
 from engine.memory.audit import PageCounts
+from engine.memory.host_pool import HostPool
 from engine.sampling_params import SamplingParams
 from engine.scheduler.logprobs import Alternatives
 from engine.scheduler.req import FinishReason, Req
@@ -41,7 +43,10 @@ FAILURE_CODES = {
 }
 """Error code under which a failed transfer is reported; UNAVAILABLE for all others."""
 
-PlacedRequest = worker_pb2.ReserveRequest | worker_pb2.PrefillRequest
+PlacedRequest = worker_pb2.ReserveRequest | worker_pb2.PrefillRequest | worker_pb2.GenerateLocally
+
+RETRY_AFTER_FULL_S = 1.0
+"""Hint to a client whose request met a full queue."""
 
 
 class EngineFailedError(Exception):
@@ -86,6 +91,7 @@ class EngineRole(SchedulerRole):
             self.send_status(message.status.nonce)
         elif kind == "drain":
             self.draining = True
+            self.on_drain()
         elif kind == "kv":
             self.parts.deliver_message(message.kv.peer, message.kv.message)
         elif kind == "kv_write_done":
@@ -105,6 +111,9 @@ class EngineRole(SchedulerRole):
     @abstractmethod
     def handle_request(self, message: channel_pb2.FrontToEngine) -> None:
         """The messages of one role alone."""
+
+    def on_drain(self) -> None:
+        """No new request follows: what waits and has cost nothing yet may be turned away."""
 
     @abstractmethod
     def abort(self, rid: RequestId) -> None:
@@ -177,11 +186,14 @@ class EngineRole(SchedulerRole):
                 prompt_logprobs=(
                     sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
                 ),
+                grammar=_grammar(sampling.grammar),
             ),
             eos_token_ids=self.parts.model_config.eos_token_ids,
             prior_output_ids=request.output_so_far,
             priority=request.priority,
             extra_key=request.cache_salt,
+            lora_id=request.lora_id,
+            deadline=time.monotonic() + request.deadline_s if request.deadline_s > 0 else None,
         )
 
     def report_failure(
@@ -208,11 +220,13 @@ class EngineRole(SchedulerRole):
     def refuse(self, rid: RequestId, error: EngineError) -> None:
         """Reports an engine's error: lack of room may be cured elsewhere, bad input not."""
         retryable = error.code == "RESOURCE_EXHAUSTED"
-        self.report_failure(rid, error.code, str(error), retryable=retryable)
+        hint_s = RETRY_AFTER_FULL_S if retryable else 0.0
+        self.report_failure(rid, error.code, str(error), retryable=retryable, retry_after_s=hint_s)
 
     def done(self, rid: RequestId) -> None:
         """The engine holds nothing of this request any more."""
         self._unreported.discard(rid)
+        self.scheduler.grammar_queue.discard(rid)
         if self.arrivals.pop(rid, None) is None:
             return
         request_id, attempt = split_rid(rid)
@@ -261,6 +275,10 @@ class EngineRole(SchedulerRole):
     def worker_timing(self, rid: RequestId) -> worker_pb2.WorkerTiming:
         """Durations for the request's first output from this worker."""
 
+    def report_timing_again(self, rid: RequestId) -> None:
+        """Asks `worker_timing` once more, for the request's next output."""
+        self._unreported.add(rid)
+
     def on_released(self, rid: RequestId) -> None:
         """The scheduler holds nothing of the request any more."""
         self.done(rid)
@@ -299,11 +317,30 @@ class EngineRole(SchedulerRole):
             slots_quarantined=slots.quarantined,
             slots_total=slots.total,
             queued_tokens=sum(req.seqlen for req in scheduler.returning_requests()),
+            host_cache=_host_pages(self.parts.memory.host_cache),
+            retracted=_host_pages(self.parts.memory.retracted_host),
         )
 
     def is_idle(self) -> bool:
         """Nothing is live: a draining worker may end."""
         return not self.arrivals
+
+
+def _host_pages(host: HostPool | None) -> worker_pb2.HostPages | None:
+    if host is None:
+        return None
+    return worker_pb2.HostPages(
+        used=host.allocator.num_pages - host.free_pages,
+        total=host.allocator.num_pages,
+        written=host.counters.written,
+        loaded=host.counters.loaded,
+        spoilt=host.counters.spoilt,
+    )
+
+
+def _grammar(message: inference_pb2.Grammar) -> Grammar | None:
+    kind = message.WhichOneof("kind")
+    return None if kind is None else Grammar(GrammarKind(kind), getattr(message, kind))
 
 
 def _top_to_proto(top: Alternatives) -> list[inference_pb2.TopLogprob]:

@@ -5,6 +5,7 @@ that answers find their way back and a lost router's requests are aborted.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from typing import Protocol
 
@@ -23,17 +25,19 @@ from grpc_reflection.v1alpha import reflection
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from worker.config import WorkerConfig
+from worker.drain import DrainClock
 from worker.engine_handle import EngineHandle, EngineStartError
 from worker.kv_front import pid_namespace
-from worker.registration import Registration
+from worker.peer_lists import PeerLists
+from worker.registration import register_with_all, router_addresses
 from worker.service import RouterSession, WorkerService
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "baton.v1.Worker"
 STATUS_TIMEOUT_S = 2.0
-DRAIN_LIMIT_S = 60.0
-"""Longest a draining worker waits for its requests before it ends them."""
+LEAVE_LIMIT_S = 2.0
+"""Longest a drained worker waits for a router to read its last words."""
 DEAD_GRACE_S = 0.5
 """Longest the front of a dead engine tries to take its leave of the router."""
 MAX_MESSAGE_BYTES = 64 << 20
@@ -53,7 +57,7 @@ class FrontRole(Protocol):
         ...
 
     def on_peers(self, peers: worker_pb2.PeerUpdate) -> None:
-        """The router's current list of the other role's workers."""
+        """The other role's workers, as all routers together list them now."""
         ...
 
     def on_engine_message(self, message: channel_pb2.EngineToFront) -> None:
@@ -76,6 +80,9 @@ class WorkerFront:
         self.ready = channel_pb2.EngineReady()
         self.address = ""
         self._sessions: set[RouterSession] = set()
+        self._unattended = asyncio.Event()
+        """No router has a session."""
+        self._unattended.set()
         self._owners: dict[tuple[str, int], RouterSession] = {}
         self._pings: dict[int, tuple[RouterSession, int]] = {}
         self._queries: dict[int, asyncio.Future[worker_pb2.WorkerStatus]] = {}
@@ -83,8 +90,9 @@ class WorkerFront:
         self._status = worker_pb2.WorkerStatus(
             instance_id=self.instance_id, state=inference_pb2.WORKER_STATE_READY
         )
-        self._draining = asyncio.Event()
-        self._drained = asyncio.Event()
+        self._epoch = time.time_ns() // 1_000_000
+        self._drain = DrainClock()
+        self._peer_lists = PeerLists()
         self._peer_states: dict[str, worker_pb2.PeerState] = {}
 
     # ---- life -----------------------------------------------------------------------------------
@@ -136,9 +144,11 @@ class WorkerFront:
 
     async def _serve(self, server: grpc.aio.Server, checks: HealthServicer) -> int:
         registration = asyncio.create_task(
-            Registration(
-                router=self.config.router, request=self._description(), status=lambda: self._status
-            ).run()
+            register_with_all(
+                router_addresses(self.config.router),
+                request=self.describe(),
+                status=lambda: self._status,
+            )
         )
         pump = asyncio.create_task(self.engine.pump(self._on_engine_message))
         draining = asyncio.create_task(self._drain_when_asked(checks))
@@ -148,6 +158,8 @@ class WorkerFront:
             logger.error("the engine process died: this worker ends with it")
             for session in list(self._sessions):
                 session.break_off("the engine process died")
+        else:
+            await self._take_leave()
         for task in (registration, draining):
             task.cancel()
         # Leaving the list is a courtesy: a dead engine's front must be gone within a second.
@@ -161,23 +173,45 @@ class WorkerFront:
         return status or int(died)
 
     async def _drain_when_asked(self, checks: HealthServicer) -> None:
-        await self._draining.wait()
+        await self._drain.begun.wait()
         logger.info("draining: %d requests to finish", len(self._owners))
         self._status.state = inference_pb2.WORKER_STATE_DRAINING
+        for session in self._sessions:
+            # Unasked for, since the next ping may be half a second away.
+            session.send(worker_pb2.WorkerMessage(pong=worker_pb2.Pong(status=self._status)))
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.engine.send(channel_pb2.FrontToEngine(drain=True))
-        try:
-            await asyncio.wait_for(self._drained.wait(), DRAIN_LIMIT_S)
-        except TimeoutError:
-            logger.warning(
-                "%d requests did not finish within %.0f s", len(self._owners), DRAIN_LIMIT_S
-            )
+        if await self._drain.in_time():
+            return
+        logger.warning("%d requests did not finish and are handed over", len(self._owners))
+        for session in list(self._sessions):
+            session.close()
+        # Their routers replay them elsewhere; here, no page may go while a peer still reads it.
+        self._drain.start_again(self.config.lease_s)
+        if not await self._drain.in_time():
+            logger.error("%d requests are still held past their lease", len(self._owners))
 
-    def drain(self) -> None:
-        """Takes no new request, finishes what runs, then ends. A second call changes nothing."""
-        self._draining.set()
+    async def _take_leave(self) -> None:
+        """The last tokens reach the routers before their registry hears that the worker is gone."""
+        for session in list(self._sessions):
+            if self._drain.done.is_set():
+                session.send(worker_pb2.WorkerMessage(goodbye=worker_pb2.Goodbye()))
+            session.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_LIMIT_S):
+                await self._unattended.wait()
 
-    def _description(self) -> worker_pb2.RegisterRequest:
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Takes no new request, finishes what runs, then ends.
+
+        Args:
+            timeout_s: what still runs then is handed over; None: as configured. Of several calls
+                the earliest end counts.
+        """
+        self._drain.begin(self.config.drain_timeout_s if timeout_s is None else timeout_s)
+
+    def describe(self) -> worker_pb2.RegisterRequest:
+        """What it registers with."""
         return worker_pb2.RegisterRequest(
             protocol_version=PROTOCOL_VERSION,
             instance_id=self.instance_id,
@@ -188,6 +222,7 @@ class WorkerFront:
             engine_pids=[self.ready.engine_pid],
             transports=[offer.name for offer in self.ready.transports],
             fingerprint=self.ready.fingerprint,
+            epoch=self._epoch,
         )
 
     def connect_info(self) -> kv_pb2.ConnectInfo:
@@ -205,6 +240,7 @@ class WorkerFront:
 
     def on_session_opened(self, session: RouterSession) -> worker_pb2.WorkerHello:
         self._sessions.add(session)
+        self._unattended.clear()
         for state in self._peer_states.values():
             session.send(worker_pb2.WorkerMessage(peer=state))
         return worker_pb2.WorkerHello(
@@ -213,6 +249,9 @@ class WorkerFront:
 
     def on_session_closed(self, session: RouterSession) -> None:
         self._sessions.discard(session)
+        if not self._sessions:
+            self._unattended.set()
+        self.role.on_peers(self._peer_lists.leave(session))
         self._pings = {n: asked for n, asked in self._pings.items() if asked[0] is not session}
         for (request_id, attempt), owner in list(self._owners.items()):
             if owner is session:
@@ -229,12 +268,20 @@ class WorkerFront:
             if self._owns(session, message.abort):
                 self._abort(message.abort.request_id, message.abort.attempt, message.abort.reason)
         elif kind == "peers":
-            self.role.on_peers(message.peers)
+            self._take_peers(session, message.peers)
         elif kind == "ping":
             # Through the engine and back: a stopped engine must not look alive.
             nonce = next(self._nonces)
             self._pings[nonce] = (session, message.ping.nonce)
             self.engine.send(channel_pb2.FrontToEngine(ping=nonce))
+
+    def _take_peers(self, session: RouterSession, update: worker_pb2.PeerUpdate) -> None:
+        self.role.on_peers(self._peer_lists.say(session, update))
+        for peer in update.peers:
+            # A session that another router brought about is no news to come for this one.
+            state = self._peer_states.get(peer.instance_id)
+            if state is not None:
+                session.send(worker_pb2.WorkerMessage(peer=state))
 
     def _owns(
         self, session: RouterSession, work: worker_pb2.TicketForPrefill | worker_pb2.AbortWork
@@ -257,7 +304,7 @@ class WorkerFront:
                 f"came as {kind}; this worker takes {self.role.takes}",
                 False,
             )
-        elif self._draining.is_set():
+        elif self._drain.begun.is_set():
             self._refuse(
                 session, key, worker_pb2.ERROR_CODE_UNAVAILABLE, "met a draining worker", True
             )
@@ -304,7 +351,7 @@ class WorkerFront:
         elif kind == "status":
             self._take_status(message.status)
         elif kind == "drained":
-            self._drained.set()
+            self._drain.done.set()
         else:
             self.role.on_engine_message(message)
 

@@ -1,9 +1,13 @@
-"""Keeps a worker known to its router: registers, heartbeats, registers again after a restart."""
+"""Keeps a worker known to its routers: registers, heartbeats, registers again after a restart.
+
+A worker that is told of several routers registers with each: they may share a registry, and then
+one would do, or have each its own.
+"""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -18,6 +22,35 @@ REFUSED_RETRY_S = 5.0
 """Pause after a refusal: an operator must change something first."""
 
 RPC_TIMEOUT_S = 2.0
+
+CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    # Behind one name there may be several routers, of which some are gone: look anew, soon.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+]
+
+
+def router_addresses(setting: str) -> list[str]:
+    """'a:1, b:2' → ['a:1', 'b:2'], each once; nothing where a worker is to be found instead."""
+    return list(dict.fromkeys(part.strip() for part in setting.split(",") if part.strip()))
+
+
+async def register_with_all(
+    routers: Sequence[str],
+    *,
+    request: worker_pb2.RegisterRequest,
+    status: Callable[[], worker_pb2.WorkerStatus],
+) -> None:
+    """Keeps a worker known to every router; runs until cancelled."""
+    if not routers:
+        logger.info("no router is named: waiting to be found at %s", request.address)
+        await asyncio.Event().wait()
+    # A group cancels each once: a second time would cut their goodbyes short.
+    async with asyncio.TaskGroup() as group:
+        for router in routers:
+            registration = Registration(router=router, request=request, status=status)
+            group.create_task(registration.run(), name=f"registration with {router}")
 
 
 class Registration:
@@ -36,7 +69,7 @@ class Registration:
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        async with grpc.aio.insecure_channel(self._router) as channel:
+        async with grpc.aio.insecure_channel(self._router, options=CHANNEL_OPTIONS) as channel:
             stub = worker_pb2_grpc.RegistryStub(channel)
             try:
                 while True:

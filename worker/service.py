@@ -96,7 +96,13 @@ class FrontHandler(Protocol):
 
     async def status(self) -> worker_pb2.WorkerStatus: ...
 
-    def drain(self) -> None: ...
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Called at any time, also again: the earliest of all limits counts."""
+        ...
+
+    def describe(self) -> worker_pb2.RegisterRequest:
+        """What it registers with."""
+        ...
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -194,8 +200,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.DrainRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> worker_pb2.DrainResponse:
-        self._front.drain()
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+        if timeout_s is not None and not timeout_s >= 0:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"timeout_s is negative: {timeout_s}"
+            )
+        self._front.drain(timeout_s)
         return worker_pb2.DrainResponse()
+
+    async def Describe(
+        self,
+        request: worker_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.RegisterRequest:
+        return self._front.describe()
 
 
 def _reason(done: set[asyncio.Task[str]]) -> str:

@@ -33,9 +33,9 @@ class TransferMemory:
     layout: PageLayout
     device: torch.device
     source: torch.Tensor | None
-    """[pages, page_bytes] uint8 that pages leave from; None on a worker that only receives."""
+    """[pages, page_bytes] uint8 that pages leave from; None on a worker that sends none."""
     window_slots: int
-    """0 on a worker that only sends."""
+    """0 on a worker that receives none."""
     outbox_slots: int
     window_fd: int
     outbox_fd: int
@@ -60,7 +60,12 @@ class Transports:
 def make_transports(
     name: TransportName, *, instance_id: str, memory: TransferMemory, channel: EngineChannel
 ) -> Transports:
-    """Raises TransportUnavailableError where a transport asked for by name cannot be had."""
+    """None for a worker that neither sends nor receives, whatever is asked for.
+
+    Raises TransportUnavailableError where a transport asked for by name cannot be had.
+    """
+    if memory.source is None and not memory.window_slots:
+        return Transports({}, None, 0)
     on_device = memory.device.type == "cuda"
     window = _window(memory, in_device_memory=on_device and name != "grpc")
     nixl: Transport | None = None

@@ -28,7 +28,7 @@ from engine.execution.token_mask import MaskBuffer
 from engine.grammar.backend import CompiledGrammar, Endings, GrammarBackend, GrammarMatcher
 from engine.grammar.checker import GrammarChecker
 from engine.grammar.compiler import COMPILE_THREADS
-from engine.grammar.llguidance_source import LIMITS
+from engine.grammar.llguidance_source import LIMITS, plain
 from engine.grammar.spec import Grammar
 
 MAX_MASK_THREADS = 8
@@ -37,6 +37,9 @@ MAX_MASK_THREADS = 8
 _END = "<|the grammar may end here|>"
 """A token of our own, so that a complete text shows in the mask whatever the model's
 end-of-sequence tokens are, and even if it has none."""
+
+_NOTHING_FITS = "NoExtensionBias"
+"""The library's error where no token may come."""
 
 _NOT_OF_THE_GRAMMAR = "satisfy the grammar"
 """In the library's words when a token is wrong; its other errors are limits that it has met."""
@@ -90,15 +93,14 @@ class LlguidanceBackend(GrammarBackend):
         matcher = LLMatcher(tables.tokenizer, text, limits=LIMITS, log_level=0)
         first = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         end_byte, end_bit = divmod(tables.end, 8)
-        if matcher.stop_reason() == "NoExtensionBias" or (
-            int(np.unpackbits(first).sum()) == (int(first[end_byte]) >> end_bit & 1)
-        ):
+        problem = plain(matcher.get_error())
+        if problem and problem != _NOTHING_FITS:
+            raise InvalidRequestError(f"the grammar cannot be used: {problem}")
+        if int(np.unpackbits(first).sum()) == (int(first[end_byte]) >> end_bit & 1):
             raise InvalidRequestError(
                 "the grammar cannot be used: the model's tokens make no text that belongs to it, "
                 "but perhaps the empty one"
             )
-        if matcher.is_error():
-            raise InvalidRequestError(f"the grammar cannot be used: {matcher.get_error()}")
         return _Compiled(self, matcher)
 
     def fill_masks(self, matchers: Sequence[GrammarMatcher], masks: torch.Tensor) -> None:
@@ -221,7 +223,7 @@ class _Matcher(GrammarMatcher):
     def fail(self, detail: str) -> None:
         if self.error is not None:
             return
-        where = f"after {self._outputs} tokens"
+        where, detail = f"after {self._outputs} tokens", plain(detail)
         if _NOT_OF_THE_GRAMMAR in detail:
             self.error = GrammarMismatchError(f"the output left its grammar {where}: {detail}")
         else:

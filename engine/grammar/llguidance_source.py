@@ -4,6 +4,7 @@ Apart from `llguidance_backend`, because `check_process` must start quickly: no 
 """
 
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
@@ -33,6 +34,7 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 say tend to go on with blanks until max_tokens."""
 
 _MAX_MESSAGE = 1_000
+_EXCERPT = re.compile(r"\n\s*\d+ \| ")
 
 
 _HEAD = '%llguidance {"no_forcing": true}\n'
@@ -74,4 +76,10 @@ def check(text: str) -> None:
     very long, or take the process down: `checker` puts bounds around it."""
     problem = LLMatcher.validate_grammar(text, limits=LIMITS)
     if problem:
-        raise InvalidRequestError(f"the grammar cannot be used: {problem[:_MAX_MESSAGE]}")
+        raise InvalidRequestError(f"the grammar cannot be used: {plain(problem)}")
+
+
+def plain(message: str) -> str:
+    """What the library says, without excerpts of the text that only it has seen."""
+    message = _EXCERPT.split(message)[0].removesuffix("<non-verbose/>").strip()
+    return message[:_MAX_MESSAGE]

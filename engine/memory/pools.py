@@ -66,6 +66,16 @@ class MemoryPools:
         if self.retracted is not None:
             yield from self.retracted.held_pages()
 
+    @property
+    def host_cache(self) -> HostPool | None:
+        """Host memory of the prefix cache; None: it has none."""
+        return self.tree_cache.host if isinstance(self.tree_cache, HiRadixCache) else None
+
+    @property
+    def retracted_host(self) -> HostPool | None:
+        """Host memory of retracted requests; None: there is none."""
+        return None if self.retracted is None else self.retracted.host
+
     def check_host(self) -> None:
         """Raises `MemoryInvariantError` if a page of host memory is not accounted for."""
         self.tree_cache.check_host()

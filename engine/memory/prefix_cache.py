@@ -212,8 +212,8 @@ class BasePrefixCache(ABC):
 
     def load_back(self, last_host_node: TreeNode) -> LoadBack:
         """Brings a match's pages back from host memory, all or nothing. Called with the match's
-        device part locked; may evict. Evicts for them as far as `evictable_size` goes: the caller
-        has found that it may."""
+        device part locked, and by somebody who has found that there is room for them: evicts what
+        is evictable."""
         return LoadBack.NOTHING
 
     def has_pending_copies(self) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Shape(BaseModel):
@@ -146,6 +146,9 @@ class Text(Shape):
 class Health(Shape):
     status: Literal["ok", "unavailable"]
     reason: str
+    registry: str = Field(
+        description="Why the list of workers is not up to date; empty while it is."
+    )
 
 
 class WorkerCard(Shape):

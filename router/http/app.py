@@ -122,7 +122,12 @@ def _add_operations(app: FastAPI, router: Router) -> None:
         reason = router.why_not_ready()
         status = HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK
         return json_response(
-            {"status": "unavailable" if reason else "ok", "reason": reason}, status=status
+            {
+                "status": "unavailable" if reason else "ok",
+                "reason": reason,
+                "registry": router.fleet.registry.health().problem,
+            },
+            status=status,
         )
 
     @app.get(
@@ -158,7 +163,7 @@ def worker_object(record: WorkerRecord) -> dict[str, Any]:
         "pid": record.registration.pid,
         "engine_pids": list(record.registration.engine_pids),
         "state": state_name(record.state),
-        "reason": record.incompatible,
+        "reason": record.reason,
         "transports": list(record.registration.transports),
         "pages": {
             field.name: getattr(pages, field.name)

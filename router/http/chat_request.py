@@ -41,18 +41,6 @@ class Tool(AsSent):
     function: FunctionDefinition
 
 
-class ResponseFormat(Strict):
-    """The answer's form."""
-
-    type: Literal["text"]
-
-
-def _response_format(value: Any) -> Any:
-    if value is not None and value != {"type": "text"}:
-        refuse('other than {"type": "text"} is not supported')
-    return value
-
-
 def _tool_choice(value: Any) -> Any:
     if value is not None and value not in TOOL_CHOICES:
         refuse("other than none and auto is not supported")
@@ -115,23 +103,6 @@ class ChatRequest(TemplateFields, GenerationFields):
         Any, AfterValidator(_tool_choice), WithJsonSchema({"enum": [*TOOL_CHOICES, None]})
     ] = Field(default=None, description="With none, the template is not shown the tools.")
     parallel_tool_calls: bool | None = flag("No effect: the model's text is not parsed.")
-    response_format: Annotated[
-        Any,
-        AfterValidator(_response_format),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}},
-                        "required": ["type"],
-                        "additionalProperties": False,
-                    },
-                    {"type": "null"},
-                ]
-            }
-        ),
-    ] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
     prediction: Annotated[Any, Only()] = None

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, core_schema
 
 from protos.errors import BatonError, ErrorCode
+from router.http.response_format import GrammarText, ResponseFormat, grammar_of
 from router.request import RequestSpec
 from router.sampling import MAX_UINT64
 from router.stop_strings import MAX_STOP_CHARACTERS, check_stop
@@ -209,11 +210,22 @@ class GenerationFields(Strict):
         low=0, description="Neither a token nor a text ends the output before this many tokens."
     )
     skip_special_tokens: bool | None = flag("Leave special tokens out of the text. Absent: true.")
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the output looks like; what would break it is not drawn."
+    )
+    regex: GrammarText = Field(
+        default=None, description="A regular expression that the whole output matches."
+    )
+    ebnf: GrammarText = Field(
+        default=None, description="A grammar `root ::= ...` that the output belongs to."
+    )
     stream: bool | None = flag("Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = flag("Add `token_ids` to each choice.")
     priority: int | None = Field(
-        default=None, description="Smaller is more important; 0 is normal."
+        default=None,
+        description="Smaller is more important; 0 is normal. Counts where the workers run with "
+        "--enable-priority-scheduling.",
     )
     cache_salt: str | None = Field(
         default=None, description="Cached prefixes are shared only with requests of the same salt."
@@ -249,6 +261,7 @@ class GenerationFields(Strict):
             skip_special_tokens=self.skip_special_tokens,
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            grammar=grammar_of(self.response_format, regex=self.regex, ebnf=self.ebnf),
             **fields,
         )
 

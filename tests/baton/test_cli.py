@@ -25,7 +25,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["up", "--page-size", "x"], "flag --page-size: page_size must be a whole number"),
         (["up", "--transport", "pigeon"], "transport must be one of auto, nixl, grpc"),
-        (["up", "--prefill", "0"], "prefill must be at least 1"),
+        (["up", "--prefill", "0"], "prefill and decode serve together"),
         (["up", "--pagesize", "1"], "No such option '--pagesize'"),
         (["up", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["up", "--model", "./nowhere"], "there is no directory ./nowhere"),

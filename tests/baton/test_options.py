@@ -34,9 +34,10 @@ REQUEST: dict[str, Any] = {"request_id": "r", "model": "m", "priority": -3, "cac
 def test_every_field_of_the_contract_is_an_option() -> None:
     sampling = {field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     request = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
-    assert sampling == set(SAMPLING)
+    assert sampling == set(SAMPLING) | {"grammar"}
     assert request - {"text", "token_ids", "sampling"} == set(REQUEST)
-    assert set(get_type_hints(RequestOptions)) == set(SAMPLING) | set(REQUEST)
+    grammars = {field.name for field in inference_pb2.Grammar.DESCRIPTOR.fields}
+    assert set(get_type_hints(RequestOptions)) == set(SAMPLING) | set(REQUEST) | grammars
 
 
 def test_options_arrive_as_they_were_said() -> None:
@@ -49,12 +50,35 @@ def test_options_arrive_as_they_were_said() -> None:
     assert {name: getattr(request, name) for name in REQUEST} == REQUEST
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"json_schema": '{"type": "object"}'}, "json_schema", '{"type": "object"}'),
+        ({"json_schema": {"b": 1, "a": 2}}, "json_schema", '{"b": 1, "a": 2}'),
+        ({"json_schema": {}}, "json_schema", "{}"),
+        ({"regex": "a|b"}, "regex", "a|b"),
+        ({"ebnf": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+    ],
+)
+def test_a_grammar_arrives_as_its_kind(options: Any, kind: str, text: str) -> None:
+    grammar = build_request("text", options).sampling.grammar
+    assert grammar.WhichOneof("kind") == kind
+    assert getattr(grammar, kind) == text
+
+
 def test_options_left_out_are_absent() -> None:
     assert not build_request("text", {}).sampling.ListFields()
 
 
 @pytest.mark.parametrize(
-    "bad", [{"stop": "one text"}, {"logit_bias": {-1: 1.0}}, {"logit_bias": {1: "2"}}]
+    "bad",
+    [
+        {"stop": "one text"},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {1: "2"}},
+        {"regex": "a", "ebnf": 'root ::= "a"'},
+        {"json_schema": {"a": object()}},
+    ],
 )
 def test_what_the_wire_cannot_carry_is_refused(bad: Any) -> None:
     with pytest.raises(InvalidRequest):

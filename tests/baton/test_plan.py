@@ -32,6 +32,36 @@ def test_workers_find_the_router_and_the_model(model: str) -> None:
     assert made.router.tokenizer == model
 
 
+def test_one_unified_worker_is_enough_and_has_the_whole_machine(model: str) -> None:
+    made = plan(model, prefill=0, decode=0, unified=1, gpus=1)
+    (worker,) = made.workers
+    assert (worker.name, worker.role) == ("unified-0", "unified")
+    assert (worker.config.device_index, worker.config.mem_fraction) == (0, 0.85)
+    assert worker.config.threads == 8
+
+
+def test_unified_workers_may_stand_beside_pairs(model: str) -> None:
+    made = plan(model, unified=2, gpus=4)
+    assert [worker.role for worker in made.workers] == ["prefill", "decode", "unified", "unified"]
+    assert [worker.config.device_index for worker in made.workers] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"prefill": 0}, "give both, or neither and --unified 1"),
+        ({"decode": 0, "unified": 1}, "give both, or neither and --unified 1"),
+        ({"prefill": 0, "decode": 0}, "there must be some worker"),
+        ({"unified": -1}, "unified must not be negative"),
+    ],
+)
+def test_workers_that_cannot_serve_are_refused(
+    model: str, given: dict[str, Scalar], why: str
+) -> None:
+    with pytest.raises(SettingsError, match=why):
+        plan(model, **given)
+
+
 def test_the_directory_names_the_model_unless_told_otherwise(model: str) -> None:
     assert plan(model).router.served_model_name == "my-model"
     made = plan(model, served_model_name="other")

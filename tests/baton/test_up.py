@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 import baton
+from baton.messages import ServerInfo, Worker
+from baton.up import common_transport
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., "Up"]
@@ -102,6 +104,41 @@ def test_one_line_says_ready_and_sigterm_stops_router_first(start: Start) -> Non
     log = up.log()
     assert "[prefill-0] loading weights of prefill" in log
     assert log.index("router got SIGTERM") < log.index("[decode-0] decode got SIGTERM")
+
+
+def test_unified_workers_are_started_and_counted(start: Start) -> None:
+    up = start("--prefill", "0", "--decode", "0", "--unified", "2")
+    assert "model echo  unified 2  transport " in up.ready_line()
+    assert len(up.children()) == 3
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(timeout=20) == 0, up.log()
+    assert "starting router, 2 unified" in up.log()
+    assert "[unified-1] unified got SIGTERM" in up.log()
+
+
+def _info(*workers: Worker) -> ServerInfo:
+    return ServerInfo(version="", protocol_version=1, workers=workers)
+
+
+def test_the_transport_is_that_of_the_workers_that_have_peers() -> None:
+    def worker(role: str, *transports: str) -> Worker:
+        return Worker(
+            id=role,
+            role=role,
+            address="",
+            pid=1,
+            engine_pids=(2,),
+            state="ready",
+            transports=transports,
+            pages={},
+            running=0,
+            waiting=0,
+        )
+
+    pair = worker("prefill", "nixl", "grpc"), worker("decode", "grpc")
+    assert common_transport(_info(*pair)) == "grpc"
+    assert common_transport(_info(*pair, worker("unified"))) == "grpc"
+    assert common_transport(_info(worker("unified"))) == "none"
 
 
 def test_a_child_that_dies_during_start_is_quoted(start: Start) -> None:

@@ -8,8 +8,10 @@ deploy/Dockerfile and deploy/compose.yaml use.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -76,6 +78,11 @@ def container_engine(cache: Path) -> Iterator[Engine]:
     cache.mkdir(parents=True, exist_ok=True)
     own = Engine()
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((cache / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EngineError(f"another run of these tests is at work with {cache}") from None
         engine = own if own.answers() else stack.enter_context(_daemon(cache / "docker"))
         engine = _with_plugins(engine, cache / "plugins")
         _python_image(engine, cache / "rootfs")
@@ -91,15 +98,21 @@ def _daemon(directory: Path) -> Iterator[Engine]:
     directory.mkdir(parents=True, exist_ok=True)
     socket = directory / "docker.sock"
     engine = Engine({"DOCKER_HOST": f"unix://{socket}", "DOCKER_BUILDKIT": "1"})
+    pid_file = directory / "docker.pid"
     if engine.answers():
-        raise EngineError(f"another run's daemon still answers at {socket}")
-    (directory / "docker.pid").unlink(missing_ok=True)
+        # Of a run that was killed; it ends with this one.
+        try:
+            yield engine
+        finally:
+            os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        return
+    pid_file.unlink(missing_ok=True)
     with (directory / "dockerd.log").open("w") as log:
         process = subprocess.Popen(
             [
                 *("dockerd", "--host", f"unix://{socket}", "--mtu", str(_mtu())),
                 *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
-                *("--pidfile", str(directory / "docker.pid")),
+                *("--pidfile", str(pid_file)),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -168,14 +168,13 @@ class Stack:
 
 def build_images(engine: Engine) -> None:
     """The images of the compose file, one after the other; the machine's CA and wheels at hand."""
+    project = Stack(engine, settings(0, 0), http="", grpc="")
+    # What a run that was killed left must not compete with the build.
+    project.compose("down", "--volumes", "--timeout", "1")
     _fetch_torch()
     stand_in(engine, REDIS_IMAGE, "redis-server", "redis-tools")
     for service in ("router", "prefill-1"):
-        engine.docker(
-            *("compose", "--project-name", PROJECT, "--file", str(COMPOSE), "build", service),
-            limit_s=BUILD_LIMIT_S,
-            more=settings(0, 0),
-        )
+        project.compose("build", service, limit_s=BUILD_LIMIT_S)
 
 
 def _fetch_torch() -> None:

@@ -183,10 +183,8 @@ def test_errors_are_openais_classes(client: openai.OpenAI, model: str) -> None:
         client.completions.create(model=model, prompt=PROMPT, temperature=-1)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(
-            model=model, messages=MESSAGES, response_format={"type": "json_object"}
-        )
-    assert bad.value.param == "response_format"
+        client.chat.completions.create(model=model, messages=MESSAGES, reasoning_effort="high")
+    assert bad.value.param == "reasoning_effort"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt=PROMPT)
     with pytest.raises(openai.NotFoundError):

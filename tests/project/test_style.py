@@ -19,6 +19,7 @@ SOURCE_FOLDERS = (
     "prefill_service",
     "protos",
     "router",
+    "unified_service",
     "worker",
 )
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".proto", ".sh", ".json", ".cfg", ".txt"}

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from router.config import RouterConfig
 from router.main import RouterServer
-from tests.router.fakes import DECODE, PREFILL, Bus, FakeWorker, Script, until
+from router.policy import Pair
+from tests.router.fakes import DECODE, PREFILL, UNIFIED, Bus, FakeWorker, Script, until
 
 FAST = RouterConfig(
     http_port=0,
@@ -102,6 +103,15 @@ class Cluster:
         workers = await self.worker(PREFILL, prefill), await self.worker(DECODE, decode)
         await self.usable(*workers)
         return workers
+
+    async def unified(self, script: Script | None = None) -> FakeWorker:
+        worker = await self.worker(UNIFIED, script)
+        await until(lambda: any(p.prefill.id == worker.id for p in self.pairs()))
+        return worker
+
+    def pairs(self) -> list[Pair]:
+        """Who can take a small request."""
+        return self.router.fleet.pairs(total_tokens=1, prompt_tokens=1)
 
     async def usable(self, prefill: FakeWorker, decode: FakeWorker) -> None:
         await until(

@@ -18,9 +18,22 @@ from protos.version import PROTOCOL_VERSION
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
+UNIFIED = inference_pb2.WORKER_ROLE_UNIFIED
+ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode", UNIFIED: "unified"}
 VOCAB = 256
 EOS = 255
 NAMES = itertools.count(1)
+
+
+AFTER_HANDOVER = {
+    "transfer_tail_ms": 0.02,
+    "verify_ms": 0.01,
+    "join_ms": 0.03,
+    "first_decode_step_ms": 0.04,
+    "kv_bytes": 1000,
+    "transport": "grpc",
+}
+"""A decode worker's timing."""
 
 
 def next_token(ids: Sequence[int], seed: int) -> int:
@@ -88,9 +101,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         context_length: int = 1024,
         protocol_version: int = PROTOCOL_VERSION,
     ) -> None:
-        self.id = f"{'prefill' if role == PREFILL else 'decode'}-{next(NAMES)}"
+        self.id = f"{ROLE_NAMES[role]}-{next(NAMES)}"
         self.role, self.script = role, script or Script()
         self.received: list[worker_pb2.RouterMessage] = []
+        self.drains: list[worker_pb2.DrainRequest] = []
         self.state = inference_pb2.WORKER_STATE_READY
         self.status_running = 0
         self._bus, self._router_address = bus, router
@@ -180,6 +194,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         await self._while_hung()
         return self.status()
 
+    async def Describe(self, request: Any, context: Any) -> worker_pb2.RegisterRequest:
+        await self._while_hung()
+        return self.registration
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> Any:
+        self.drains.append(request)
+        self.state = inference_pb2.WORKER_STATE_DRAINING
+        return worker_pb2.DrainResponse()
+
     async def Session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         await self._while_hung()
         hello = await anext(aiter(requests))
@@ -233,6 +256,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         elif kind == "ticket":
             request = self._requests[message.ticket.request_id, message.ticket.attempt]
             self._spawn(self._prefill(request, message.ticket.ticket))
+        elif kind == "generate":
+            request = message.generate
+            self._requests[request.request_id, request.attempt] = request
+            self._spawn(self._generate(request))
         elif kind == "abort":
             self._requests.pop((message.abort.request_id, message.abort.attempt), None)
 
@@ -288,16 +315,27 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if decode is not None:
             decode._spawn(decode._decode(request.request_id, request.attempt, ids))
 
-    async def _decode(self, request_id: str, attempt: int, ids: list[int]) -> None:
+    async def _generate(self, request: Any) -> None:
+        """Both phases; the second output's timing is that of the first decode step."""
+        ids, index = [*request.prompt_ids, *request.output_so_far], len(request.output_so_far)
+        first = self._draw(request, ids)
+        await asyncio.sleep(self.script.token_delay_s)
+        timing = {"queue_ms": 0.7, "prefill_ms": 0.3, "cached_tokens": 2, **self.script.timing}
+        if await self._emit(request, index, first, timing) and not self._finish(
+            request, index, first
+        ):
+            step = {"join_ms": 0.03, "first_decode_step_ms": 0.04}
+            await self._decode(request.request_id, request.attempt, [*ids, first], timing=step)
+
+    async def _decode(
+        self,
+        request_id: str,
+        attempt: int,
+        ids: list[int],
+        *,
+        timing: dict[str, Any] | None = AFTER_HANDOVER,
+    ) -> None:
         request = self._requests.get((request_id, attempt))
-        timing: dict[str, Any] | None = {
-            "transfer_tail_ms": 0.02,
-            "verify_ms": 0.01,
-            "join_ms": 0.03,
-            "first_decode_step_ms": 0.04,
-            "kv_bytes": 1000,
-            "transport": "grpc",
-        }
         while request is not None and (request_id, attempt) in self._requests:
             index = len(ids) - len(request.prompt_ids)
             await asyncio.sleep(self.script.token_delay_s)
@@ -345,7 +383,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         finish = self._finish(request, index, token)
         logprob = -0.5 if request.sampling.logprobs else None
         prompt_tokens = []
-        if self.role == PREFILL and request.sampling.HasField("prompt_logprobs"):
+        begins = self.role != DECODE and index == len(request.output_so_far)
+        if begins and request.sampling.HasField("prompt_logprobs"):
             alternatives = request.sampling.prompt_logprobs
             prompt_tokens = [
                 inference_pb2.Token(

@@ -172,7 +172,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
     ({"tool_choice": "auto"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"store": True}, "store"),

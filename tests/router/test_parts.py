@@ -1,6 +1,9 @@
 """Ordering, phases and settings, by themselves."""
 
+import subprocess
+import sys
 from itertools import permutations
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +14,8 @@ from protos.errors import BatonError, ErrorCode
 from router.config import POSITIVE, RouterConfig
 from router.ordering import TokenOrder
 from router.phases import AttemptTimes, RequestTimes, hand_out
+from router.registry import RegistryUnavailableError
+from router.registry_choice import make_registry
 
 
 def token(index: int, token_id: int | None = None) -> inference_pb2.Token:
@@ -88,3 +93,45 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         RouterConfig(http_port=70000)
     with pytest.raises(ValueError, match="ping_interval_s"):
         RouterConfig(ping_interval_s=3.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"registry": "redis", "redis_url": "http://:pass-word@x"}, "redis_url"),
+        ({"redis_prefix": ""}, "redis_prefix"),
+        ({"redis_prefix": "a{b"}, "redis_prefix"),
+        ({"redis_ttl_s": 1.0}, "redis_ttl_s"),
+    ],
+)
+def test_a_registry_that_cannot_work_is_refused_without_telling_secrets(
+    settings: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ValueError, match=word) as caught:
+        RouterConfig(**settings)
+    assert "pass-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["redis", "kubernetes"])
+def test_a_registry_whose_package_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("router.registry_redis", "router.discovery_kubernetes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RegistryUnavailableError, match=rf"baton-serve\[{package}\]"):
+        make_registry(RouterConfig(registry=package))
+
+
+def test_a_router_of_one_machine_loads_neither_redis_nor_kubernetes() -> None:
+    program = (
+        "import sys, router.main; from router.config import RouterConfig as C;"
+        "router.main.make_registry(C());"
+        "print([m for m in ('redis', 'kubernetes', 'torch') if m in sys.modules])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout.strip() == "[]"

@@ -262,14 +262,30 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_version", "workers")
+    __slots__ = ("version", "protocol_version", "workers", "router_id", "registry")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_version: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ...) -> None: ...
+    router_id: str
+    registry: RegistryInfo
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., router_id: _Optional[str] = ..., registry: _Optional[_Union[RegistryInfo, _Mapping]] = ...) -> None: ...
+
+class RegistryInfo(_message.Message):
+    __slots__ = ("kind", "up", "last_sync_age_s", "problem")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    LAST_SYNC_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    up: bool
+    last_sync_age_s: float
+    problem: str
+    def __init__(self, kind: _Optional[str] = ..., up: _Optional[bool] = ..., last_sync_age_s: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class PageCounts(_message.Message):
     __slots__ = ("free", "cached", "held", "in_use", "total")
@@ -286,7 +302,7 @@ class PageCounts(_message.Message):
     def __init__(self, free: _Optional[int] = ..., cached: _Optional[int] = ..., held: _Optional[int] = ..., in_use: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("id", "role", "address", "pid", "engine_pids", "state", "transports", "pages", "running", "waiting")
+    __slots__ = ("id", "role", "address", "pid", "engine_pids", "state", "transports", "pages", "running", "waiting", "reason", "silent_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +313,8 @@ class WorkerInfo(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: WorkerRole
     address: str
@@ -307,4 +325,6 @@ class WorkerInfo(_message.Message):
     pages: PageCounts
     running: int
     waiting: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., transports: _Optional[_Iterable[str]] = ..., pages: _Optional[_Union[PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+    reason: str
+    silent_s: float
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., transports: _Optional[_Iterable[str]] = ..., pages: _Optional[_Union[PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., reason: _Optional[str] = ..., silent_s: _Optional[float] = ...) -> None: ...

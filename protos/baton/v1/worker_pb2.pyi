@@ -35,7 +35,7 @@ ERROR_CODE_DATA_LOSS: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "role", "address", "model", "pid", "engine_pids", "transports", "fingerprint")
+    __slots__ = ("protocol_version", "instance_id", "role", "address", "model", "pid", "engine_pids", "transports", "fingerprint", "epoch")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class RegisterRequest(_message.Message):
     ENGINE_PIDS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     role: _inference_pb2.WorkerRole
@@ -54,7 +55,12 @@ class RegisterRequest(_message.Message):
     engine_pids: _containers.RepeatedScalarFieldContainer[int]
     transports: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: str
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_inference_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelDescription, _Mapping]] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., transports: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    epoch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_inference_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelDescription, _Mapping]] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., transports: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ModelDescription(_message.Message):
     __slots__ = ("name", "path", "context_length", "vocab_size", "eos_token_ids", "max_total_tokens", "page_size")
@@ -108,12 +114,26 @@ class DeregisterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker", "drain")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    drain: DrainRequest
+    def __init__(self, worker: _Optional[str] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ("instance_id",)
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("instance_id", "state", "pages", "running", "waiting", "slots_free", "slots_granted", "slots_quarantined", "slots_total", "rows_free", "rows_total", "queued_tokens", "transferring")
+    __slots__ = ("instance_id", "state", "pages", "running", "waiting", "slots_free", "slots_granted", "slots_quarantined", "slots_total", "rows_free", "rows_total", "queued_tokens", "transferring", "host_cache", "retracted")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +147,8 @@ class WorkerStatus(_message.Message):
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRING_FIELD_NUMBER: _ClassVar[int]
+    HOST_CACHE_FIELD_NUMBER: _ClassVar[int]
+    RETRACTED_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     state: _inference_pb2.WorkerState
     pages: _inference_pb2.PageCounts
@@ -140,11 +162,29 @@ class WorkerStatus(_message.Message):
     rows_total: int
     queued_tokens: int
     transferring: int
-    def __init__(self, instance_id: _Optional[str] = ..., state: _Optional[_Union[_inference_pb2.WorkerState, str]] = ..., pages: _Optional[_Union[_inference_pb2.PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_granted: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ..., rows_free: _Optional[int] = ..., rows_total: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., transferring: _Optional[int] = ...) -> None: ...
+    host_cache: HostPages
+    retracted: HostPages
+    def __init__(self, instance_id: _Optional[str] = ..., state: _Optional[_Union[_inference_pb2.WorkerState, str]] = ..., pages: _Optional[_Union[_inference_pb2.PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_granted: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ..., rows_free: _Optional[int] = ..., rows_total: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., transferring: _Optional[int] = ..., host_cache: _Optional[_Union[HostPages, _Mapping]] = ..., retracted: _Optional[_Union[HostPages, _Mapping]] = ...) -> None: ...
+
+class HostPages(_message.Message):
+    __slots__ = ("used", "total", "written", "loaded", "spoilt")
+    USED_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    SPOILT_FIELD_NUMBER: _ClassVar[int]
+    used: int
+    total: int
+    written: int
+    loaded: int
+    spoilt: int
+    def __init__(self, used: _Optional[int] = ..., total: _Optional[int] = ..., written: _Optional[int] = ..., loaded: _Optional[int] = ..., spoilt: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ()
@@ -348,20 +388,26 @@ class Peer(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "reserved", "step", "failed", "pong", "peer")
+    __slots__ = ("hello", "reserved", "step", "failed", "pong", "peer", "goodbye")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     reserved: Reserved
     step: StepOutput
     failed: WorkFailed
     pong: Pong
     peer: PeerState
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[WorkFailed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., peer: _Optional[_Union[PeerState, _Mapping]] = ...) -> None: ...
+    goodbye: Goodbye
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[WorkFailed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., peer: _Optional[_Union[PeerState, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("instance_id", "fingerprint", "status")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RegistryStub:
-    """Served by the router: the registry in its own memory.
+    """Served by the router, whatever keeps its list: its own memory, Redis or Kubernetes.
     """
 
     def __init__(self, channel):
@@ -50,10 +50,15 @@ class RegistryStub:
                 request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DeregisterRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DeregisterResponse.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/baton.v1.Registry/DrainWorker',
+                request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
-    """Served by the router: the registry in its own memory.
+    """Served by the router, whatever keeps its list: its own memory, Redis or Kubernetes.
     """
 
     def Register(self, request, context):
@@ -70,6 +75,13 @@ class RegistryServicer:
 
     def Deregister(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """For operators: passes Drain on to one worker.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -92,6 +104,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DeregisterRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DeregisterResponse.SerializeToString,
             ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.v1.Registry', rpc_method_handlers)
@@ -101,7 +118,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry:
-    """Served by the router: the registry in its own memory.
+    """Served by the router, whatever keeps its list: its own memory, Redis or Kubernetes.
     """
 
     @staticmethod
@@ -185,6 +202,33 @@ class Registry:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Registry/DrainWorker',
+            protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class WorkerStub:
     """Served by every worker's front.
@@ -211,6 +255,11 @@ class WorkerStub:
                 request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/baton.v1.Worker/Describe',
+                request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -236,6 +285,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Describe(self, request, context):
+        """What it registers with, for routers that find workers by themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,6 +309,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -337,6 +398,33 @@ class Worker:
             '/baton.v1.Worker/GetStatus',
             protos_dot_baton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             protos_dot_baton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/Describe',
+            protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -92,12 +92,13 @@ def test_nobody_waits_for_a_load_but_who_wants_it() -> None:
 
 
 def test_nobody_takes_the_room_of_one_whose_kv_is_on_its_way() -> None:
-    engine = Engine(pages=10, host_pages=32, copy_delay=lambda: 2, chunked_prefill_size=None)
+    engine = Engine(pages=14, host_pages=32, copy_delay=lambda: 2, chunked_prefill_size=None)
     engine.add(make_req("first", conversation(1, 24), max_new_tokens=2))
     engine.drain()
     evict_everything(engine)
-    back = make_req("back", conversation(1, 26), max_new_tokens=9)  # 9 of 10 pages
-    greedy = make_req("greedy", conversation(2, 12), max_new_tokens=20)
+    # 6 of 14 pages are being loaded for the first, whose growth the second would fit into.
+    back = make_req("back", conversation(1, 26), max_new_tokens=9)
+    greedy = make_req("greedy", conversation(2, 12), max_new_tokens=15)
     engine.add(back, greedy)
     engine.drain()
     assert back.t_first_token < greedy.t_first_token

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import DeadlineExceededError, QueueFullError
@@ -99,6 +99,7 @@ def test_on_a_prefill_worker_the_role_is_told(clock: Clock) -> None:
 
 
 @given(seed=st.integers(0, 2**32), overlap=st.booleans(), priorities=st.booleans())
+@settings(max_examples=25)
 def test_at_random_each_has_its_tokens_or_was_late(
     seed: int, overlap: bool, priorities: bool
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UnknownAdapterError
@@ -278,6 +278,7 @@ def test_slots_are_recounted_from_their_holders() -> None:
     priorities=st.booleans(),
     policy=st.sampled_from(["fcfs", "lpm", "random"]),
 )
+@settings(max_examples=25)
 def test_whatever_happens_slots_balance_and_tokens_are_the_adapters(
     seed: int, max_loras: int, overlap: bool, priorities: bool, policy: str
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
@@ -237,6 +237,7 @@ def test_dfs_weight_is_what_a_recursive_walk_gives(paths: list[list[int]]) -> No
     overlap=st.booleans(),
     mixed=st.booleans(),
 )
+@settings(max_examples=25)
 def test_no_policy_changes_a_token(
     seed: int,
     policy: SchedulePolicyName,

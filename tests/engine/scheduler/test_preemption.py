@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.execution.forward_batch import ForwardMode
@@ -296,6 +296,7 @@ def test_a_request_that_needs_all_the_memory_gets_it() -> None:
     threshold=st.sampled_from([0, 2, 10]),
     tokens=st.sampled_from([112, 160, 320]),
 )
+@settings(max_examples=25)
 def test_whoever_gives_way_to_whomever_the_tokens_stand(
     seed: int,
     page_size: int,

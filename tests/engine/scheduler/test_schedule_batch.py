@@ -107,11 +107,14 @@ def test_rows_that_run_out_are_named(memory: MemoryPools) -> None:
         ScheduleBatch(reqs=[], memory=memory).alloc_req_slots(5)
 
 
-def test_pages_that_run_out_are_named_and_none_is_taken(memory: MemoryPools) -> None:
+def test_pages_that_run_out_are_named_and_none_is_taken(
+    memory: MemoryPools, caplog: pytest.LogCaptureFixture
+) -> None:
     batch = ScheduleBatch(reqs=[], memory=memory, forward_mode=ForwardMode.DECODE)
     with pytest.raises(OutOfMemoryError, match=r"Decode.*17 pages asked, 16 free, 0 evictable"):
         batch.alloc_token_slots(17 * PAGE)
     assert memory.allocator.free_pages == 16
+    assert "prefix cache: 0 tokens evictable" in caplog.text
 
 
 def test_slots_can_be_given_back_by_restoring_the_state(memory: MemoryPools) -> None:

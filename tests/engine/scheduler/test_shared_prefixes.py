@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.sampling_params import SamplingParams
@@ -195,6 +195,7 @@ def test_a_pass_looks_at_a_bounded_number_of_followers() -> None:
     pages=st.sampled_from([96, 160, 400]),
     overlap=st.booleans(),
 )
+@settings(max_examples=25)
 def test_nobody_starves_behind_a_common_prefix(
     seed: int,
     policy: SchedulePolicyName,

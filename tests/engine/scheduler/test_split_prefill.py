@@ -236,7 +236,7 @@ def test_prompt_log_probabilities_come_with_the_last_part() -> None:
     radix=st.booleans(),
     abort_share=st.sampled_from([0.0, 0.0, 0.1]),
 )
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_random_traffic_is_exact_and_balanced(
     seed: int,
     page_size: int,

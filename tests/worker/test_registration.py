@@ -1,0 +1,94 @@
+"""Which routers a worker registers with."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from worker.registration import register_with_all, router_addresses
+
+
+@pytest.mark.parametrize(
+    ("setting", "addresses"),
+    [
+        ("", []),
+        (" ", []),
+        ("a:1", ["a:1"]),
+        ("a:1, b:2 ,a:1,", ["a:1", "b:2"]),
+    ],
+)
+def test_the_setting_names_routers_with_commas_between(setting: str, addresses: list[str]) -> None:
+    assert router_addresses(setting) == addresses
+
+
+class Registry(worker_pb2_grpc.RegistryServicer):
+    """Notes who is there."""
+
+    def __init__(self) -> None:
+        self.listed: set[str] = set()
+        self.beats = 0
+
+    async def Register(self, request: Any, context: Any) -> worker_pb2.RegisterResponse:
+        self.listed.add(request.instance_id)
+        return worker_pb2.RegisterResponse(accepted=True, heartbeat_interval_s=0.02)
+
+    async def Heartbeat(self, request: Any, context: Any) -> worker_pb2.HeartbeatResponse:
+        self.beats += 1
+        return worker_pb2.HeartbeatResponse(known=request.instance_id in self.listed)
+
+    async def Deregister(self, request: Any, context: Any) -> worker_pb2.DeregisterResponse:
+        self.listed.discard(request.instance_id)
+        return worker_pb2.DeregisterResponse()
+
+
+@pytest.fixture
+async def routers() -> AsyncIterator[list[tuple[str, Registry]]]:
+    found, servers = [], []
+    for _ in range(2):
+        server, registry = grpc.aio.server(), Registry()
+        worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        found.append((f"127.0.0.1:{port}", registry))
+        servers.append(server)
+    yield found
+    for server in servers:
+        await server.stop(0)
+
+
+async def test_a_worker_is_known_to_every_router_it_names_and_leaves_them_all(
+    routers: list[tuple[str, Registry]],
+) -> None:
+    registries = [registry for _, registry in routers]
+    # One router that is away delays none of the others.
+    addresses = ["127.0.0.1:1", *(address for address, _ in routers)]
+    registering = asyncio.create_task(
+        register_with_all(
+            addresses,
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not all(registry.beats >= 2 for registry in registries):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    registries[1].listed.clear()  # it restarted
+    async with asyncio.timeout(10):
+        while not registries[1].listed:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    registering.cancel()
+    await asyncio.gather(registering, return_exceptions=True)
+    assert [registry.listed for registry in registries] == [set(), set()]
+
+
+async def test_a_worker_that_names_none_waits_to_be_found() -> None:
+    waiting = asyncio.create_task(
+        register_with_all([], request=worker_pb2.RegisterRequest(), status=worker_pb2.WorkerStatus)
+    )
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
