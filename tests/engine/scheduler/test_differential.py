@@ -111,7 +111,9 @@ def test_a_small_pool_sends_requests_back(
 ) -> None:
     """Or the runs above would not show that a retraction changes nothing."""
     row = next(r for r in ROWS if r["role"] == "unified")
-    features = Features(**{k: v for k, v in row.items() if k != "role"} | {"pages": 12, "host_tier": False})
+    features = Features(
+        **{k: v for k, v in row.items() if k != "role"} | {"pages": 12, "host_tier": False}
+    )
     retractions = 0
     for seed in WORKLOADS:
         asks, expected = plain(seed)
