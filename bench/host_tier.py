@@ -30,7 +30,7 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.req import Req
 from engine.scheduler.scheduler import Scheduler
 from engine.types import RequestId
-from kvtransfer.digest import digest_pages
+from kvtransfer.digest import digest_pages, queue_digests
 from kvtransfer.layout import PageLayout
 
 ROUNDS = 5
@@ -46,10 +46,11 @@ def copier_of(runner: ModelRunner, page_size: int, num_pages: int) -> PageCopier
         itemsize=runner.kv_pool.dtype.itemsize,
     )
 
-    def digest(pool: torch.Tensor, pages: Sequence[int]) -> torch.Tensor:
-        return digest_pages(pool, pages, [page_size] * len(pages), layout)
+    def digest_of(pool: torch.Tensor, pages: Sequence[int]) -> torch.Tensor:
+        digest = queue_digests if pool.is_cuda else digest_pages
+        return digest(pool, pages, [page_size] * len(pages), layout)
 
-    return make_page_copier(runner.kv_pool, num_pages, digest)
+    return make_page_copier(runner.kv_pool, num_pages, digest_of)
 
 
 def show_copies(copier: PageCopier, num_pages: int) -> dict[str, float]:

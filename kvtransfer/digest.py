@@ -101,9 +101,21 @@ def digest_pages(
         ]
         return torch.tensor(values, dtype=torch.int64).view(len(pages), RANGES)
     with _own_stream(pool.device):
-        if triton_installed():
-            return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
-        return _device_digest(pool, pages, valid_tokens, layout).cpu()
+        return queue_digests(pool, pages, valid_tokens, layout).cpu()
+
+
+def queue_digests(
+    pool: torch.Tensor,
+    pages: Sequence[int],
+    valid_tokens: Sequence[int],
+    layout: PageLayout,
+) -> torch.Tensor:
+    """As `digest_pages` for a pool on CUDA, behind what the current stream does, and without
+    waiting: [len(pages), RANGES] int64 on the pool's device."""
+    _check(pool, pages, valid_tokens, layout)
+    if triton_installed():
+        return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
+    return _device_digest(pool, pages, valid_tokens, layout)
 
 
 def copy_and_digest(
@@ -129,7 +141,7 @@ def copy_and_digest(
         return digest_pages(pool, pages, valid_tokens, layout)
     with _own_stream(pool.device):
         if window.device == pool.device and triton_installed():
-            return _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
+            return _launch(window, slots, pool, pages, valid_tokens, layout, copy=True).cpu()
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
 
@@ -199,7 +211,7 @@ def _launch(
         BLOCK=_KERNEL_WORDS,
         num_warps=8,
     )
-    return parts.sum(1).cpu().view(count, RANGES)
+    return parts.sum(1).view(count, RANGES)
 
 
 def _check(

@@ -7,7 +7,7 @@ import torch
 from engine.errors import ConfigError
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.memory.page_copier import PageCopier, make_page_copier
-from kvtransfer.digest import digest_pages
+from kvtransfer.digest import digest_pages, queue_digests
 from kvtransfer.layout import PageLayout
 from worker.config import WorkerConfig
 
@@ -41,6 +41,8 @@ def _copier(
 
     def digest(pages: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
         # The seal of a whole page, so that what comes back can be handed over under it.
-        return digest_pages(pages, numbers, [layout.page_size] * len(numbers), layout)
+        whole = [layout.page_size] * len(numbers)
+        digest = queue_digests if pages.is_cuda else digest_pages
+        return digest(pages, numbers, whole, layout)
 
     return make_page_copier(pool, layout.pages_of(num_tokens), digest)

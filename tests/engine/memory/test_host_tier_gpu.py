@@ -15,7 +15,7 @@ from engine.memory.host_pool import Rate
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.memory.page_copier import PageCopy, StreamPageCopier, make_page_copier
 from engine.model_config import ModelConfig
-from kvtransfer.digest import digest_pages, seals_of
+from kvtransfer.digest import digest_pages, queue_digests, seals_of
 from kvtransfer.layout import PageLayout
 from tests.checkpoints import random_prompt, write_checkpoint
 from tests.engine.execution.scheduled import Ask, ScheduledModel, one_by_one
@@ -32,7 +32,7 @@ SLEEP_CYCLES = 400_000_000
 
 
 def digest_for(layout: PageLayout) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
-    return lambda pool, pages: digest_pages(pool, pages, [layout.page_size] * len(pages), layout)
+    return lambda pool, pages: queue_digests(pool, pages, [layout.page_size] * len(pages), layout)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.engine.scheduler.machine.cases import Example, RoleName, examples
+from tests.engine.scheduler.machine.cases import Example, RoleName
+from tests.engine.scheduler.machine.draws import examples
 from tests.engine.scheduler.machine.world import World
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "2100"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.execution.forward_batch import ForwardBatch, ForwardResult
+from engine.execution.forward_batch import ForwardBatch, ForwardResult, TokenLogprobs
 from engine.memory.page_allocator import PageAllocator
 from engine.memory.pools import MemoryPools
 
@@ -165,7 +165,9 @@ class ChainRunner:
         logprobs = None
         if batch.sampling.any_logprobs:
             logprobs = torch.tensor([-float(token) for token in drawn])
-        return ForwardResult(torch.tensor(drawn, dtype=torch.int64), logprobs)
+        return ForwardResult(
+            torch.tensor(drawn, dtype=torch.int64), logprobs, prompt=_judged(batch)
+        )
 
     def _write(self, batch: ForwardBatch, rows: list[int], tenants: list[str]) -> None:
         """Each input's digest follows the one before it, which its row must already lead to."""
@@ -233,3 +235,12 @@ def _allowed(batch: ForwardBatch) -> dict[int, list[int]]:
         row: [t for t in range(VOCAB) if words[t // 32] >> (t % 32) & 1]
         for row, words in zip(edits.mask.rows.tolist(), masks, strict=True)
     }
+
+
+def _judged(batch: ForwardBatch) -> TokenLogprobs | None:
+    """Each prompt token's log probability is minus its id."""
+    targets = batch.prompt_targets
+    if targets is None:
+        return None
+    none = torch.empty(len(targets.target_ids), 0)
+    return TokenLogprobs(chosen=-targets.target_ids.float(), top_ids=none.long(), top=none)

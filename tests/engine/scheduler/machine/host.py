@@ -66,7 +66,7 @@ class ChainCopier:
             run_steps()
             for device, host in pairs:
                 self._host[host] = self._kv().page(device)
-            return [_digest(self._host[host]) for _, host in pairs]
+            return [page_digest(self._host[host]) for _, host in pairs]
 
         return LateCopy(move, self._looks)
 
@@ -77,10 +77,10 @@ class ChainCopier:
             run_steps()
             for host, device in pairs:
                 self._kv().fill(device, self._host[host])
-            return [_digest(self._kv().page(device)) for _, device in pairs]
+            return [page_digest(self._kv().page(device)) for _, device in pairs]
 
         return LateCopy(move, self._looks)
 
 
-def _digest(page: list[Chain]) -> bytes:
+def page_digest(page: list[Chain]) -> bytes:
     return hashlib.blake2b(pickle.dumps(page), digest_size=8).digest()

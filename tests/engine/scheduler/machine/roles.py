@@ -8,9 +8,11 @@ from engine.memory.prefix_cache import LoadBack
 from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind, SchedulerRole
+from engine.scheduler.scheduler import Scheduler
 from engine.types import RequestId
 from tests.engine.scheduler.machine.cases import RequestScript, Squeeze
 from tests.engine.scheduler.machine.chain import ChainKv
+from tests.engine.scheduler.machine.host import page_digest
 
 
 class ScriptedUnified(SchedulerRole):
@@ -42,6 +44,25 @@ class ScriptedUnified(SchedulerRole):
         return bool(self.taken)
 
 
+class Seals:
+    """Implements `PageSeals`: what each whole page held when it was computed."""
+
+    def __init__(self) -> None:
+        self.kv: ChainKv
+        self._sealed: dict[int, tuple[int, bytes]] = {}
+
+    def seal(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.reseal(page, chain_hash=b"", digest=page_digest(self.kv.page(page)))
+
+    def digest_of(self, page: int) -> bytes | None:
+        generation, digest = self._sealed.get(page, (-1, b""))
+        return digest if generation == self.kv.allocator.generation(page) else None
+
+    def reseal(self, page: int, *, chain_hash: bytes, digest: bytes) -> None:
+        self._sealed[page] = (self.kv.allocator.generation(page), digest)
+
+
 @dataclass
 class Sending:
     req: Req
@@ -52,7 +73,9 @@ class Sending:
 
 
 class ScriptedPrefill(SchedulerRole):
-    """Reads the pages of each chunk until some passes after the request has left."""
+    """Reads the pages of each chunk until some passes after the request has left. Only what it was
+    told of when it was computed may leave: a page of the prefix cache, too, must be one of these.
+    """
 
     decodes = False
 
@@ -60,6 +83,12 @@ class ScriptedPrefill(SchedulerRole):
         self.scripts = scripts
         self.sending: dict[RequestId, Sending] = {}
         self.kv: ChainKv
+        self.seals = Seals()
+
+    def attach(self, scheduler: Scheduler) -> None:
+        super().attach(scheduler)
+        self.seals.kv = self.kv
+        scheduler.memory.tree_cache.seals = self.seals
 
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
@@ -69,6 +98,10 @@ class ScriptedPrefill(SchedulerRole):
         if not prompt_done:
             pages = pages[: req.kv_ready_len // self.scheduler.page_size]
         assert pages[: len(sending.pages)] == sending.pages, "a page was swapped while it is read"
+        size = self.scheduler.page_size
+        self.seals.seal(pages[req.kv_ready_from // size : req.kv_ready_len // size])
+        for page in pages[: req.kv_ready_len // size]:
+            assert self.seals.digest_of(page) is not None, f"page {page} was never sealed"
         sending.pages = pages
         sending.ready |= prompt_done
         if prompt_done and self.scripts[req.rid].lost:

@@ -368,6 +368,11 @@ class World:
         assert [o.index for o in journey.outputs] == list(range(first, first + len(tokens)))
         if journey.script.logprobs:
             assert [o.logprob for o in journey.outputs] == [-float(t) for t in tokens]
+        if journey.script.judged and journey.outputs and start == 0 == first:
+            judged = journey.outputs[0].prompt
+            assert judged is not None
+            assert [t.token for t in judged] == journey.req.origin_input_ids
+            assert [t.logprob for t in judged[1:]] == [-float(t.token) for t in judged[1:]]
         if journey.aborted:
             assert journey.script.abort_after is not None or journey.script.lost
             return
