@@ -41,6 +41,8 @@ class TransferStats:
     receiving: int
     bytes_sent: int
     bytes_received: int
+    early_layers_sent: int
+    """Layers of pages that left before their page was whole."""
     failures: Mapping[str, int]
     """Failed transfers by cause."""
     dropped: Mapping[str, int]
@@ -151,9 +153,25 @@ class TransferAgent:
         held = self._held.get(request_id)
         if held is None:
             return
-        held.extend(page.page for page in pages)
+        self._hold(held, [page.page for page in pages])
         copy = list(pages)
         self.thread.do(lambda: self.thread.sender.push(request_id, copy))
+
+    def push_layers(self, request_id: str, pages: Sequence[tuple[int, int]], layers: range) -> None:
+        """Hands over `layers` of (position, page) whose other layers are still to be computed; the
+        part of the step that computed them must have ended. `push` follows with the whole pages.
+        They are held from now on, as in `push`. See `Sender.push_layers`."""
+        held = self._held.get(request_id)
+        if held is None:
+            return
+        self._hold(held, [page for _, page in pages])
+        copy = list(pages)
+        self.thread.do(lambda: self.thread.sender.push_layers(request_id, copy, layers))
+
+    @staticmethod
+    def _hold(held: list[int], pages: Sequence[int]) -> None:
+        known = set(held)
+        held.extend(page for page in pages if page not in known)
 
     def complete(self, request_id: str, first_token: int) -> None:
         """All pages were pushed, and this is the first token."""
@@ -263,6 +281,7 @@ class TransferAgent:
             sending=self.thread.sender.active,
             receiving=self._receiver.active,
             bytes_sent=self.thread.sender.bytes_sent,
+            early_layers_sent=self.thread.sender.early_layers_sent,
             bytes_received=self._receiver.bytes_received,
             failures=dict(self._failures),
             dropped=dict(self.thread.links.dropped),

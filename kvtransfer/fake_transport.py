@@ -63,6 +63,7 @@ class _Delivery:
     origin: "FakeTransport"
     target: str
     copies: Sequence[tuple[int, int]]
+    part: tuple[int, int] | None
     message: bytes
     write_id: WriteId | None
     due: int
@@ -96,6 +97,7 @@ class FakeTransport(Transport):
     name: ClassVar[str] = "fake"
     polled: ClassVar[bool] = True
     loss_ends_writes: ClassVar[bool] = False
+    writes_parts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -133,9 +135,16 @@ class FakeTransport(Transport):
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
 
-    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
         write_id = WriteId(self._next_write)
-        self._start(peer, tuple(copies), message, write_id)
+        self._start(peer, tuple(copies), message, write_id, part)
         self._next_write += 1
         self._in_flight[write_id] = peer
         return write_id
@@ -149,11 +158,12 @@ class FakeTransport(Transport):
         copies: Sequence[tuple[int, int]],
         message: bytes,
         write_id: WriteId | None,
+        part: tuple[int, int] | None = None,
     ) -> None:
         if peer not in self._peers:
             raise TransportError(f"peer {peer} is not connected")
         target = self._network.members[peer]
-        delivery = _Delivery(self, peer, copies, message, write_id, target._polls + 1)
+        delivery = _Delivery(self, peer, copies, part, message, write_id, target._polls + 1)
         fault = self._network.fault_for(self.instance_id)
         if fault is not None:
             delivery.fault = fault.kind
@@ -196,6 +206,7 @@ class FakeTransport(Transport):
                     delivery.origin,
                     delivery.target,
                     delivery.copies,
+                    delivery.part,
                     delivery.message,
                     None,
                     self._polls + 3,
@@ -212,14 +223,14 @@ class FakeTransport(Transport):
         pool = delivery.origin._pool
         if not delivery.copies or pool is None or self.landing is None:
             return
-        size = int(self.landing.shape[1])
+        first, end = delivery.part or (0, int(self.landing.shape[1]))
         if delivery.fault in (FaultKind.TRUNCATE, FaultKind.FAIL):
-            size //= 2
+            end = first + (end - first) // 2
         for page, slot in delivery.copies:
-            self.landing[slot, :size].copy_(pool[page, :size])
+            self.landing[slot, first:end].copy_(pool[page, first:end])
         if delivery.fault is FaultKind.CORRUPT:
             _, slot = delivery.copies[self._random.randrange(len(delivery.copies))]
-            byte = self._random.randrange(size)
+            byte = self._random.randrange(first, end)
             self.landing[slot, byte] ^= 1 << self._random.randrange(8)
 
     def _end(self, write_id: WriteId | None, failure: str | None) -> None:

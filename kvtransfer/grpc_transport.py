@@ -112,7 +112,16 @@ class GrpcTransport(Transport):
             self._settle(write)
         self._queue = deque(w for w in self._queue if w.waiting)
 
-    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
+        if part is not None:
+            raise TransportError("gRPC sends whole pages")
         if peer not in self._peers:
             raise TransportError(f"no gRPC session with peer {peer}")
         if self._pool is None or self._outbox is None:

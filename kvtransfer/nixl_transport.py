@@ -106,6 +106,8 @@ class _Peer:
     """The peer's agent name: fresh in each of its lives."""
     window: Any
     """Prepared descriptors of its landing window; None where it has none."""
+    region: tuple[str, npt.NDArray[np.uint64]] | None
+    """What they were prepared from: memory type and one row a slot."""
     slots: int
     closing: bool = False
     """Gone, but writes to it have not ended."""
@@ -129,6 +131,7 @@ class NixlTransport(Transport):
     name: ClassVar[str] = "nixl"
     polled: ClassVar[bool] = True
     loss_ends_writes: ClassVar[bool] = False
+    writes_parts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -159,7 +162,8 @@ class NixlTransport(Transport):
             self._no_memory = bindings.nixlRegDList(bindings.DRAM_SEG)
             self._source = None
             if pool is not None:
-                self._source = self._prepare("NIXL_INIT_AGENT", *_region(pool))
+                self._source_region = _region(pool)
+                self._source = self._prepare("NIXL_INIT_AGENT", *self._source_region)
         except self._setup_errors as error:
             raise TransportUnavailableError(f"transport nixl does not start: {error}") from error
         self._peers: dict[str, _Peer] = {}
@@ -212,7 +216,7 @@ class NixlTransport(Transport):
                 with contextlib.suppress(*self._errors):
                     self._agent.remove_remote_agent(agent)
             raise TransportError(f"NIXL cannot connect to peer {peer}: {error}") from error
-        self._peers[peer] = _Peer(agent, prepared, 0 if region is None else len(region[1]))
+        self._peers[peer] = _Peer(agent, prepared, region, 0 if region is None else len(region[1]))
         self._names[agent] = peer
 
     def _revive(self, peer: str, agent: str) -> bool:
@@ -253,7 +257,14 @@ class NixlTransport(Transport):
         except self._errors as error:
             logger.debug("removing NIXL peer %s: %s", peer, error)
 
-    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
         entry = self._peers.get(peer)
         if entry is None or not entry.usable or entry.window is None or self._source is None:
             raise TransportError(f"NIXL has no landing window of peer {peer}")
@@ -263,11 +274,16 @@ class NixlTransport(Transport):
             raise TransportError(f"source pages outside the pool: {pages.tolist()}")
         if not _within(slots, entry.slots):
             raise TransportError(f"slots outside the window of peer {peer}: {slots.tolist()}")
+        if part is not None and not 0 <= part[0] < part[1] <= self._pool.shape[1]:
+            raise TransportError(f"bytes {part} of pages of {self._pool.shape[1]} bytes")
         self._read_notifications()
         try:
-            handle = self._agent.make_prepped_xfer(
-                "WRITE", self._source, pages, entry.window, slots, message, backends=["UCX"]
-            )
+            if part is None:
+                handle = self._agent.make_prepped_xfer(
+                    "WRITE", self._source, pages, entry.window, slots, message, backends=["UCX"]
+                )
+            else:
+                handle = self._part_xfer(entry, pages, slots, part, message)
         except self._errors as error:
             raise TransportError(f"NIXL prepares no write to peer {peer}: {error}") from error
         write_id = WriteId(self._next_write)
@@ -282,6 +298,26 @@ class NixlTransport(Transport):
         if status != "PROC":
             self._end(write_id, "" if status == "DONE" else f"NIXL reports {status}")
         return write_id
+
+    def _part_xfer(
+        self,
+        peer: _Peer,
+        pages: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        part: tuple[int, int],
+        message: bytes,
+    ) -> Any:
+        """Parts are not prepared: a descriptor for each layer of each page of the pool would be
+        hundreds of thousands."""
+        if peer.region is None:
+            raise ValueError("the peer has no landing window")
+        local, remote = (
+            self._agent.get_xfer_descs(_part_of(region[1][indices], part), region[0])
+            for region, indices in ((self._source_region, pages), (peer.region, slots))
+        )
+        return self._agent.initialize_xfer(
+            "WRITE", local, remote, peer.agent, message, backends=["UCX"]
+        )
 
     def send(self, peer: str, message: bytes) -> None:
         entry = self._peers.get(peer)
@@ -379,6 +415,15 @@ def _rows(address: int, size: int, device: int, count: int) -> npt.NDArray[np.ui
     rows[:, 1] = size
     rows[:, 2] = device
     return rows
+
+
+def _part_of(rows: npt.NDArray[np.uint64], part: tuple[int, int]) -> npt.NDArray[np.uint64]:
+    """The bytes `first .. end - 1` of each row's block."""
+    first, end = part
+    parts = rows.copy()
+    parts[:, 0] += np.uint64(first)
+    parts[:, 1] = end - first
+    return parts
 
 
 def _within(indices: npt.NDArray[np.int32], count: int) -> bool:

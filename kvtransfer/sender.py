@@ -9,6 +9,7 @@ while it waited for credit is caught, and without making the scheduler wait for 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -33,6 +34,19 @@ RENEWALS_PER_LEASE = 3
 
 
 @dataclass(slots=True)
+class _Early:
+    """A page whose first layers left before the others were computed."""
+
+    page: int
+    slot: int
+    layers: int = 0
+    """Leading layers that were written, or are being."""
+    writes: int = 0
+    """Of them, writes that have not ended. Until they have, the page is not announced: writes may
+    land in any order."""
+
+
+@dataclass(slots=True)
 class _Outgoing:
     ticket: Ticket
     last_progress: float
@@ -40,6 +54,8 @@ class _Outgoing:
     state: TransferState = TransferState.RESERVED
     credits: deque[int] = field(default_factory=deque)
     pending: deque[SourcePage] = field(default_factory=deque)
+    early: dict[int, _Early] = field(default_factory=dict)
+    """By position."""
     writes: set[tuple[str, WriteId]] = field(default_factory=set)
     pages: int = 0
     first_token: int | None = None
@@ -90,8 +106,11 @@ class Sender:
         self._by_request: dict[str, _Outgoing] = {}
         self._by_key: dict[tuple[str, int], _Outgoing] = {}
         self._writes: dict[tuple[str, WriteId], tuple[_Outgoing, int]] = {}
+        self._early_writes: dict[tuple[str, WriteId], list[_Early]] = {}
         self._tombstones: OrderedDict[tuple[str, int], None] = OrderedDict()
         self.bytes_sent = 0
+        self.early_layers_sent = 0
+        """Layers of pages that left before their page was whole."""
 
     @property
     def active(self) -> int:
@@ -152,6 +171,52 @@ class Sender:
         out.pending.extend(pages)
         out.last_progress = self._clock()
         self._pump(out)
+
+    def push_layers(self, request_id: str, pages: Iterable[tuple[int, int]], layers: range) -> None:
+        """`layers` of these (position, page) are final, others are not: they may leave as far as
+        credit and transport allow. The pages follow by `push`, which sends the rest; what does not
+        leave now leaves then. Layers come in order from 0 on, and never up to the last."""
+        out = self._live(request_id)
+        if out is None:
+            return
+        transport = self._links.get(out.ticket.instance_id)
+        if transport is None or not transport.writes_parts:
+            return
+        chosen = [
+            early
+            for position, page in pages
+            if (early := self._early_page(out, position, page, layers.start)) is not None
+        ]
+        rows = self._layout.row_bytes * 2
+        part = (layers.start * rows, layers.stop * rows)
+        for start in range(0, len(chosen), MAX_WRITE_PAGES):
+            some = chosen[start : start + MAX_WRITE_PAGES]
+            copies = [(early.page, early.slot) for early in some]
+            message = messages.written(out.ticket, ()).SerializeToString()
+            try:
+                write = transport.write(out.ticket.instance_id, copies, message, part=part)
+            except TransportError as error:
+                self._fail(out, TransferFailure.TRANSPORT, error.message)
+                return
+            for early in some:
+                early.layers = layers.stop
+                early.writes += 1
+            self.early_layers_sent += len(some) * len(layers)
+            key = (transport.name, write)
+            out.writes.add(key)
+            out.last_sent = out.last_progress = self._clock()
+            self._writes[key] = (out, 0)
+            self._early_writes[key] = some
+
+    def _early_page(
+        self, out: _Outgoing, position: int, page: int, first_layer: int
+    ) -> _Early | None:
+        early = out.early.get(position)
+        if early is None and first_layer == 0 and out.credits:
+            early = out.early[position] = _Early(page, out.credits.popleft())
+        if early is None or (early.page, early.layers) != (page, first_layer):
+            return None
+        return early
 
     def complete(self, request_id: str, first_token: int) -> None:
         """Every page was pushed, and the first token is drawn; nothing is written afterwards."""
@@ -261,6 +326,8 @@ class Sender:
             return None
         out, pages = entry
         out.writes.discard((transport, write_id))
+        for early in self._early_writes.pop((transport, write_id), ()):
+            early.writes -= 1
         if done:
             self.bytes_sent += pages * self._layout.page_bytes
         return out
@@ -274,6 +341,7 @@ class Sender:
             if proven_dead and out.ticket.request_id in self._by_request:
                 for write in out.writes:
                     self._writes.pop(write, None)
+                    self._early_writes.pop(write, None)
                 out.writes.clear()
                 self._settle_failed(out)
 
@@ -296,15 +364,30 @@ class Sender:
     # ---- the machine ----------------------------------------------------------------------------
 
     def _pump(self, out: _Outgoing) -> None:
-        while out.pending and out.credits and out.state != TransferState.FAILED:
-            count = min(len(out.pending), len(out.credits), MAX_WRITE_PAGES)
-            pages = [out.pending[i] for i in range(count)]
+        while out.state != TransferState.FAILED and (pages := self._next_pages(out)):
             if self._sealed(out, pages):
                 self._write(out, pages)
         finished = out.first_token is not None and not out.pending and not out.writes
         if finished and not out.complete_sent and out.state != TransferState.FAILED:
             out.complete_sent = True
             self._send_complete(out)
+
+    def _next_pages(self, out: _Outgoing) -> list[SourcePage]:
+        """What one write takes: pages whose first layers have landed go first, as they need no
+        credit and would keep their slots from all others; then whole ones."""
+        early: list[SourcePage] = []
+        for page in out.pending:
+            begun = out.early.get(page.position)
+            if begun is None or begun.writes:
+                continue
+            if begun.page != page.page:
+                begun.page, begun.layers = page.page, 0  # another page now: all of it, once more
+            if not early or out.early[early[0].position].layers == begun.layers:
+                early.append(page)
+        if early:
+            return early[:MAX_WRITE_PAGES]
+        whole = (page for page in out.pending if page.position not in out.early)
+        return list(islice(whole, min(len(out.credits), MAX_WRITE_PAGES)))
 
     def _sealed(self, out: _Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""
@@ -321,7 +404,11 @@ class Sender:
         return True
 
     def _write(self, out: _Outgoing, pages: list[SourcePage]) -> None:
-        slots = [out.credits[i] for i in range(len(pages))]
+        begun = [out.early[page.position] for page in pages if page.position in out.early]
+        slots = [early.slot for early in begun] or list(islice(out.credits, len(pages)))
+        part = None
+        if begun and begun[0].layers:
+            part = (begun[0].layers * 2 * self._layout.row_bytes, self._layout.page_bytes)
         message = messages.written(out.ticket, zip(pages, slots, strict=True))
         transport = self._links.get(out.ticket.instance_id)
         if transport is None:
@@ -329,13 +416,16 @@ class Sender:
             return
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
         try:
-            write = transport.write(out.ticket.instance_id, copies, message.SerializeToString())
+            write = transport.write(
+                out.ticket.instance_id, copies, message.SerializeToString(), part=part
+            )
         except TransportError as error:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
             return
-        for _ in pages:
-            out.pending.popleft()
-            out.credits.popleft()
+        for page in pages:
+            out.pending.remove(page)
+            if out.early.pop(page.position, None) is None:
+                out.credits.popleft()
         out.state = advance(out.state, Trigger.PAGES) or out.state
         out.pages += len(pages)
         out.writes.add((transport.name, write))
@@ -349,6 +439,7 @@ class Sender:
         out.state, out.failure, out.detail = state, failure, detail
         out.pending.clear()
         out.credits.clear()
+        out.early.clear()
         if out.writes:
             self._tell_failed(out, quiesced=False)
         else:

@@ -63,6 +63,9 @@ class Transport(ABC):
     loss_ends_writes: ClassVar[bool]
     """Whether a lost session proves that nothing of the peer can land any more."""
 
+    writes_parts: ClassVar[bool] = False
+    """Whether `write` takes a part of each page, so that finished layers may leave early."""
+
     landing: torch.Tensor | None = None
     """Memory that peers' writes land in, [slots, page_bytes] uint8; None on a side that exposes
     none."""
@@ -90,8 +93,17 @@ class Transport(ABC):
         WriteFailed; until then their source pages are read. Unknown peers are ignored."""
 
     @abstractmethod
-    def write(self, peer: str, copies: Sequence[tuple[int, int]], message: bytes) -> WriteId:
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
         """Starts copying (source page -> landing slot at the peer), then delivers `message`.
+        `part`: bytes `first .. end - 1` of each page alone, to the same place of its slot, where
+        the transport `writes_parts`. Writes may land in any order.
 
         Called only for slots that the peer has granted. Raises TransportError where it cannot
         start; nothing has been read then.

@@ -179,6 +179,21 @@ class PrefillRole(EngineRole):
             self.refuse(req.rid, error)
             self.done(req.rid)
 
+    def on_layers_done(self, req: Req, *, layers: range, start: int, end: int) -> None:
+        # The last layers leave with the whole pages, whose seals cover all of them.
+        layout = self.parts.layout
+        handover = self._handovers.get(req.rid)
+        if layers.stop >= layout.layers or handover is None:
+            return
+        if handover.ticket is None or handover.given_up:
+            return
+        size = layout.page_size
+        stop = -(-end // size) if end == req.seqlen else end // size
+        first = max(start, handover.ticket.decode_prefix_len) // size
+        pages = [(position, req.pages[position]) for position in range(first, stop)]
+        if pages:
+            self.agent.push_layers(req.rid, pages, layers)
+
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
@@ -306,6 +321,7 @@ class PrefillRole(EngineRole):
         status = super().status()
         status.waiting += len(self._without_ticket)
         status.queued_tokens += self._without_ticket.num_tokens
+        status.early_layers_sent = self.agent.stats().early_layers_sent
         status.transferring = len(self._handovers) - len(self._without_ticket)
         return status
 

@@ -207,3 +207,28 @@ def test_a_slot_outside_the_window_is_never_posted(
         with pytest.raises(TransportError):
             prefill.write("d", copies, b"")
     assert not prefill.busy()
+
+
+def test_a_part_of_each_page_lands_at_its_place_and_touches_nothing_else() -> None:
+    pool = torch.randint(1, 256, (4, LAYOUT.page_bytes), dtype=torch.uint8)
+    window = torch.zeros((3, LAYOUT.page_bytes), dtype=torch.uint8)
+    prefill = NixlTransport(instance_id="p", pool=pool, landing=None)
+    decode = NixlTransport(instance_id="d", pool=None, landing=window)
+    decode.connect("p", prefill.local_offer())
+    prefill.connect("d", decode.local_offer())
+    expected = window.clone()
+    cut = 2 * LAYOUT.row_bytes
+    for part in ((0, cut), (cut, LAYOUT.page_bytes)):
+        prefill.write("d", [(3, 0), (1, 2)], b"note", part=part)
+        end = time.monotonic() + 10
+        while prefill.busy():
+            assert time.monotonic() < end
+            prefill.poll()
+            decode.poll()
+        for page, slot in ((3, 0), (1, 2)):
+            expected[slot, part[0] : part[1]] = pool[page, part[0] : part[1]]
+        assert torch.equal(window, expected)
+    with pytest.raises(TransportError):
+        prefill.write("d", [(0, 0)], b"", part=(0, LAYOUT.page_bytes + 1))
+    prefill.close()
+    decode.close()

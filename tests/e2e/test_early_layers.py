@@ -1,0 +1,48 @@
+"""Split prefill in real workers: finished layers leave over NIXL while the others are computed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton import Client
+from kvtransfer.nixl_transport import unavailable_reason
+from tests.checkpoints import random_prompt, reference_model
+from tests.e2e.cluster import Cluster, running_cluster
+from tests.e2e.worker_status import Probe
+
+pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
+
+
+@pytest.fixture(scope="module")
+def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    flags = (
+        "--page-size", "16",
+        "--chunked-prefill-size", "64",
+        "--transport", "nixl",
+        "--split-prefill-layers", "1",
+    )  # fmt: skip
+    with running_cluster(llama, tmp_path_factory.mktemp("early"), *flags) as running:
+        yield running
+
+
+def test_tokens_are_exact_and_layers_left_early(cluster: Cluster, llama: Path) -> None:
+    model = reference_model(llama)
+    prompts = [random_prompt(length, seed=length) for length in (16, 37, 64, 150)]
+    with Client(cluster.grpc) as client:
+        for prompt in prompts:
+            answer = client.complete(prompt, max_tokens=8, temperature=0, ignore_eos=True)
+            with torch.no_grad():
+                expected = model.generate(
+                    torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1
+                )[0, len(prompt) :].tolist()
+            assert answer.token_ids == expected
+            assert answer.report.transport == "nixl"
+            assert answer.report.replays == 0
+    probe = Probe(cluster)
+    try:
+        assert probe.prefill().early_layers_sent > 0
+    finally:
+        probe.close()
+    cluster.wait_until_balanced()

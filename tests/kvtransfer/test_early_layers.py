@@ -1,0 +1,131 @@
+"""Layers that leave before their page is whole: nothing is lost, mixed up or held back by it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtransfer.fake_transport import Fault, FaultKind
+from kvtransfer.states import TransferFailure
+from tests.kvtransfer.pair import LAYOUT, PREFILL, Pair
+
+FIRST_LAYER = range(1)
+LAYER_BYTES = 2 * LAYOUT.row_bytes
+
+
+def make(**settings: object) -> Pair:
+    pair = Pair(**settings)  # type: ignore[arg-type]
+    pair.step()
+    return pair
+
+
+def compute_last_layer(pair: Pair, pages: list[int], seed: int = 5) -> None:
+    """What the step writes after the first layer has left."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(pages), LAYOUT.page_bytes - LAYER_BYTES)
+    pair.source[pages, LAYER_BYTES:] = torch.randint(
+        0, 256, size, dtype=torch.uint8, generator=generator
+    )
+
+
+def finish(pair: Pair, tokens: int, pages: list[int]) -> None:
+    compute_last_layer(pair, pages)
+    pair.prefill.push("r", pair.sealed(pages, tokens))
+    pair.prefill.complete("r", 7)
+
+
+def begin(pair: Pair, tokens: int, pages: list[int]) -> None:
+    pair.prefill.open(pair.grant("r", tokens))
+    pair.prefill.push_layers("r", list(enumerate(pages)), FIRST_LAYER)
+
+
+def nothing_is_left(pair: Pair) -> bool:
+    return (
+        pair.prefill.held_pages() == {}
+        and not pair.prefill.stats().sending
+        and not pair.decode.stats().receiving
+        and pair.window.counts().free == pair.window.slots
+    )
+
+
+def test_the_first_layer_is_there_before_the_page_is_announced() -> None:
+    pair = make(slots=16)
+    pages = [3, 9, 4]
+    begin(pair, 11, pages)
+    pair.run(5)
+    assert pair.prefill.thread.sender.early_layers_sent == 3
+    landed = {bytes(slot[:LAYER_BYTES].tolist()) for slot in pair.window.memory}
+    assert {bytes(pair.source[page, :LAYER_BYTES].tolist()) for page in pages} <= landed
+    assert "r" not in pair.positions, "nothing is announced yet"
+    finish(pair, 11, pages)
+    pair.run(20)
+    assert pair.completed("r")
+    assert pair.identical("r", 11, pages)
+    assert nothing_is_left(pair)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    slots=st.integers(1, 8),
+    early=st.integers(0, 15),
+    rounds=st.integers(0, 6),
+)
+def test_any_part_may_leave_early_through_any_window(
+    tokens: int, slots: int, early: int, rounds: int
+) -> None:
+    pair = make(slots=slots)
+    pages = list(range(2, 2 + LAYOUT.pages_of(tokens)))
+    pair.prefill.open(pair.grant("r", tokens))
+    # Later pages first: they may take the slots that the ones before them need.
+    pair.prefill.push_layers("r", list(enumerate(pages))[-early:] if early else [], FIRST_LAYER)
+    pair.run(rounds)
+    finish(pair, tokens, pages)
+    pair.run(200)
+    assert pair.completed("r")
+    assert pair.identical("r", tokens, pages)
+    assert nothing_is_left(pair)
+
+
+def test_a_page_that_was_computed_anew_elsewhere_leaves_whole() -> None:
+    pair = make(slots=4)
+    begin(pair, 8, [3, 4])
+    pair.run(3)
+    finish(pair, 8, [3, 12])
+    pair.run(20)
+    assert pair.completed("r")
+    assert pair.identical("r", 8, [3, 12])
+    assert nothing_is_left(pair)
+
+
+def test_early_pages_are_held_until_an_abort_has_ended_their_writes() -> None:
+    pair = make(slots=4, faults=(Fault(FaultKind.DELAY, PREFILL, nth=1, polls=8),))
+    begin(pair, 8, [3, 4])
+    pair.step()
+    pair.prefill.abort("r", TransferFailure.ABORTED, "the client left")
+    pair.step()
+    assert sorted(pair.prefill.held_pages()["r"]) == [3, 4]
+    pair.expire()
+    assert not pair.completed("r")
+    assert nothing_is_left(pair)
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("kind", list(FaultKind))
+def test_a_fault_costs_the_transfer_or_nothing(kind: FaultKind, nth: int) -> None:
+    pair = make(slots=4, faults=(Fault(kind, PREFILL, nth=nth),))
+    pages = [3, 9, 4, 8, 7]
+    begin(pair, 18, pages)
+    pair.run(2)
+    finish(pair, 18, pages)
+    pair.run(40)
+    pair.expire()
+    if pair.completed("r"):
+        assert pair.identical("r", 18, pages)
+    else:
+        assert pair.failures("prefill")
+        assert pair.failures("decode") or pair.decode.stats().failures
+    assert not pair.decode.stats().receiving
+    counts = pair.window.counts()
+    assert counts.granted == 0
+    assert counts.free + counts.quarantined == counts.total
