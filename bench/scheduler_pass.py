@@ -95,10 +95,10 @@ def make_req(number: int, rng: random.Random) -> Req:
 
 
 def engine(
-    *, running: int, waiting: int, tree_tokens: int, policy: str, blocked_by: str
+    *, running: int, waiting: int, tree_tokens: int, policy: str, blocked_by: str, passes: int
 ) -> Scheduler:
     """In steady decode. The waiting ones wait for a place in the batch (`places`), or for memory
-    although places are free (`memory`)."""
+    although places are free (`memory`), for `passes` passes."""
     own_pages = running * CONTEXT // PAGE_SIZE
     memory = make_memory_pools(
         num_pages=tree_tokens // PAGE_SIZE + own_pages,
@@ -127,7 +127,7 @@ def engine(
     if blocked_by == "memory":
         # Somebody else keeps what a newcomer would need; those who run keep a few pages.
         room = memory.available_tokens() // PAGE_SIZE
-        memory.alloc_pages(room - running * 16)
+        memory.alloc_pages(room - running * (passes // PAGE_SIZE + 3))
     for number in range(running, running + waiting):
         scheduler.add_request(make_req(number, rng))
     return scheduler
@@ -160,7 +160,7 @@ class Stopwatch:
 
 
 def measure(passes: int, **setup: Any) -> Cell:
-    scheduler = engine(**setup)
+    scheduler = engine(**setup, passes=passes)
     for _ in range(10):
         scheduler.step()
     watch = Stopwatch()
@@ -253,7 +253,7 @@ def setups(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile(setup: dict[str, Any], passes: int) -> None:
-    scheduler = engine(**setup)
+    scheduler = engine(**setup, passes=passes)
     for _ in range(10):
         scheduler.step()
     profiler = cProfile.Profile()

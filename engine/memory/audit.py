@@ -80,23 +80,17 @@ def audit_pages(
     owned = used_pages | held_pages | cached_pages
     contested |= {page for page in owned if not 0 <= page < total}
 
-    free = cached = held_count = in_use = 0
-    unowned: list[int] = []
-    for page in range(total):
-        is_free = allocator.is_free(page)
-        if is_free and page in owned:
-            contested.add(page)
-        if page in used_pages:
-            in_use += 1
-        elif page in held_pages:
-            held_count += 1
-        elif page in cached_pages:
-            cached += 1
-        elif is_free:
-            free += 1
-        else:
-            unowned.append(page)
-    counts = PageCounts(free=free, cached=cached, held=held_count, in_use=in_use, total=total)
+    pages = set(range(total))
+    free_pages = set(allocator.free_list())
+    contested |= free_pages & owned
+    unowned = sorted(pages - owned - free_pages)
+    counts = PageCounts(
+        free=len(free_pages - owned),
+        cached=len((cached_pages - used_pages - held_pages) & pages),
+        held=len((held_pages - used_pages) & pages),
+        in_use=len(used_pages & pages),
+        total=total,
+    )
     return PageAudit(counts, tuple(unowned), tuple(sorted(contested)))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.deploy.container_engine import Engine, stand_in
+from tests.deploy.container_engine import Engine, EngineError, stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
@@ -36,6 +36,7 @@ SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-b
 """Where systems keep the authorities they trust: a build behind a proxy needs the proxy's."""
 
 UP_LIMIT_S = 300.0
+PAUSE_TRIES = 5
 MOST_RESTARTS = 3
 """Ends of one container, without a test's doing, after which it will never serve."""
 BUILD_LIMIT_S = 900.0
@@ -119,7 +120,9 @@ class Stack:
     def fault(self, kind: str, service: str) -> None:
         """pause, kill, stop, disconnect; deaf: nothing of its peers arrives; mute: nothing of it
         arrives at its peers. Clients of the published ports are no peers."""
-        if kind in ("pause", "kill"):
+        if kind == "pause":
+            self._pause(service)
+        elif kind == "kill":
             self.engine.docker(kind, self.container(service))
         elif kind == "stop":
             # In the background: a stop waits for the drain, and that for the requests.
@@ -134,6 +137,19 @@ class Stack:
             )
         else:
             self._partition(kind, service, add=True)
+
+    def _pause(self, service: str) -> None:
+        """Tries again where the runtime cannot freeze a container that is starting a process, such
+        as its health check.
+        """
+        for left in reversed(range(PAUSE_TRIES)):
+            try:
+                self.engine.docker("pause", self.container(service))
+                return
+            except EngineError as error:
+                if "unable to freeze" not in str(error) or not left:
+                    raise
+            time.sleep(0.2)
 
     def heal(self, kind: str, service: str) -> None:
         if kind == "pause":

@@ -175,7 +175,7 @@ def test_while_its_pages_travel(cluster: Cluster, probe: Probe, way: str) -> Non
         if probe.transport == "grpc":
             # NIXL's writes into a stopped process end when it goes on: until then the pages they
             # read from are held, and given to nobody else.
-            assert probe.prefill().pages.held == 0
+            wait_for(lambda: probe.prefill().pages.held == 0, "its pages", within_s=LIMIT_S)
     finally:
         os.kill(engine, signal.SIGCONT)
     _expect_free_and_serving(cluster)
