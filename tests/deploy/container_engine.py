@@ -20,7 +20,6 @@ from pathlib import Path
 
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
 PLUGINS = ("docker-compose", "docker-buildx")
-MIRROR = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 START_LIMIT_S = 60.0
 SLIMMED = ("doc", "groff", "info", "lintian", "locale", "man")
@@ -173,7 +172,7 @@ def _download_plugins(directory: Path) -> None:
     for folder in ("lists/partial", "archives/partial"):
         (apt / folder).mkdir(parents=True, exist_ok=True)
     sources = apt / "sources.list"
-    sources.write_text(f"deb [signed-by={KEYRING}] {MIRROR} trixie main\n")
+    sources.write_text(f"deb [signed-by={KEYRING}] {_mirror()} trixie main\n")
     options = [
         *("-o", f"Dir::Etc::sourcelist={sources}", "-o", "Dir::Etc::sourceparts=/dev/null"),
         *("-o", f"Dir::State::lists={apt / 'lists'}", "-o", f"Dir::Cache={apt}"),
@@ -191,6 +190,21 @@ def _download_plugins(directory: Path) -> None:
     shutil.rmtree(apt / "lists")
 
 
+def _mirror() -> str:
+    """Where this machine has its own Debian packages from, which serves other releases, too; on
+    another distribution DEBIAN_MIRROR must say. Raises EngineError."""
+    named = os.environ.get("DEBIAN_MIRROR")
+    if named:
+        return named
+    if "ID=debian" not in Path("/etc/os-release").read_text().splitlines():
+        raise EngineError("this is no Debian: set DEBIAN_MIRROR to a mirror of its archive")
+    listed = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
+    mirrors = [uri for uri in listed.split() if not uri.rstrip("/").endswith("security")]
+    if not mirrors:
+        raise EngineError("apt knows no archive here: set DEBIAN_MIRROR to a mirror of Debian's")
+    return mirrors[0].rstrip("/")
+
+
 def _python_image(engine: Engine, directory: Path) -> None:
     """The base of all images: pulled, or made from Debian packages under the same name."""
     if engine.has_image(PYTHON_IMAGE):
@@ -203,7 +217,7 @@ def _python_image(engine: Engine, directory: Path) -> None:
         shutil.rmtree(directory)
     packages = "python3,python3-venv,ca-certificates"
     command = ("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm")
-    _run(*command, str(directory), MIRROR)
+    _run(*command, str(directory), _mirror())
     shared = [f"usr/share/{name}" for name in SLIMMED]
     for name in (*shared, "var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(directory / name, ignore_errors=True)
@@ -242,7 +256,7 @@ def _run(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
     limit_s: float = 600.0,
-) -> None:
+) -> str:
     done = subprocess.run(
         command,
         cwd=directory,
@@ -255,3 +269,4 @@ def _run(
     )
     if done.returncode != 0:
         raise EngineError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
