@@ -13,7 +13,12 @@ from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from tests.e2e.cluster import Cluster, running_cluster
 
-LONG = 60
+LONG = 250
+"""Tokens that outlast another request's way to the worker, on a fast machine too."""
+
+ENDLESS = 1900
+"""Tokens that nobody waits for: whoever asks for them leaves before, its place taken till then."""
+
 SANE = worker_pb2.ResolvedSampling(temperature=0, top_p=1, max_tokens=4)
 
 
@@ -37,21 +42,32 @@ def cluster(slow_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 class Background:
     """A long answer, while others come."""
 
-    def __init__(self, cluster: Cluster, *, priority: int) -> None:
+    def __init__(self, cluster: Cluster, *, priority: int, max_tokens: int = LONG) -> None:
         self.tokens: list[int] = []
         self.ended_at = 0.0
-        self._cluster, self._priority = cluster, priority
+        self._cluster, self._priority, self._max_tokens = cluster, priority, max_tokens
+        self._leave = threading.Event()
         self._thread = threading.Thread(target=self._read)
+
+    def leave(self) -> None:
+        """Ends the stream with its next token, which frees the place."""
+        self._leave.set()
 
     def _read(self) -> None:
         with (
             Client(self._cluster.grpc) as client,
             client.generate(
-                [7, 8, 9], max_tokens=LONG, temperature=0, ignore_eos=True, priority=self._priority
+                [7, 8, 9],
+                max_tokens=self._max_tokens,
+                temperature=0,
+                ignore_eos=True,
+                priority=self._priority,
             ) as stream,
         ):
             for chunk in stream:
                 self.tokens.extend(token.id for token in chunk.tokens)
+                if self._leave.is_set():
+                    break
         self.ended_at = time.monotonic()
 
     def __enter__(self) -> "Background":
@@ -93,7 +109,7 @@ def test_one_that_is_not_important_enough_waits(cluster: Cluster) -> None:
 
 
 def test_what_is_late_or_unknown_fails_by_name_and_costs_nothing(cluster: Cluster) -> None:
-    with Background(cluster, priority=0):
+    with Background(cluster, priority=0, max_tokens=ENDLESS) as running:
         failed = asked_directly(
             cluster,
             worker_pb2.GenerateLocally(
@@ -103,6 +119,8 @@ def test_what_is_late_or_unknown_fails_by_name_and_costs_nothing(cluster: Cluste
                 request_id="adapter", prompt_ids=[5], sampling=SANE, lora_id="poet"
             ),
         )
+        assert len(running.tokens) < ENDLESS
+        running.leave()
     assert failed["late"].error.code == worker_pb2.ERROR_CODE_DEADLINE_EXCEEDED
     assert not failed["late"].retryable
     assert failed["adapter"].error.code == worker_pb2.ERROR_CODE_NOT_FOUND
