@@ -17,9 +17,11 @@ from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind
 from engine.types import RequestId
-from kvtransfer.digest import copy_and_digest, seals_of
+from kvtransfer.digest import seals_of
 from kvtransfer.errors import NoSlotsError, TransferError
 from kvtransfer.events import KvEvent, PagesLanded, TransferFailedEvent, WriterFinished
+from kvtransfer.geometry import WriterPages
+from kvtransfer.landing import LandingTarget, land_pages
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
@@ -41,10 +43,14 @@ class Landing:
     req: Req
     prefix: list[int]
     """Pages of the prefix that is here already, locked in the tree."""
+    writer: WriterPages
+    """What landed pages are, and what positions count: prefill may cut KV otherwise."""
     chain: list[bytes]
-    """Expected chain hash of each page, the prefix's included."""
+    """Expected chain hash of each of the writer's pages, the prefix's included."""
+    travelling: int
+    """Pages of the writer that are to land."""
     pages: list[int] = field(default_factory=list)
-    """All pages of the request; bound when the first one lands, a promise until then."""
+    """All pages of the request here; bound when the first one lands, a promise until then."""
     transport: str = ""
     accepted: set[int] = field(default_factory=set)
     """Positions of pages that were copied and verified."""
@@ -208,9 +214,11 @@ class DecodeRole(EngineRole):
 
     def _grant(self, head: Reservation, prefix: list[int], prefix_len: int) -> None:
         req = head.req
+        pages = self.agent.pages_of(head.writer)
         chain = page_chain_hashes(
-            req.fill_ids, self.parts.layout.page_size, previous=namespace_hash(req.extra_key)
+            req.fill_ids, pages.page_size, previous=namespace_hash(req.extra_key)
         )
+        expected = chain[pages.first_position(prefix_len) :]
         ticket = self.agent.grant(
             request_id=head.rid,
             writer=head.writer,
@@ -218,9 +226,11 @@ class DecodeRole(EngineRole):
             total_tokens=req.seqlen,
             prefix_len=prefix_len,
             token_hash=chain[-1],
-            chain_hashes=chain[len(prefix) :],
+            chain_hashes=expected,
         )
-        self._landings[head.rid] = Landing(req, prefix, chain, transport=ticket.transport)
+        self._landings[head.rid] = Landing(
+            req, prefix, pages, chain, len(expected), transport=ticket.transport
+        )
         request_id, attempt = split_rid(head.rid)
         reserved = worker_pb2.Reserved(
             request_id=request_id,
@@ -274,7 +284,8 @@ class DecodeRole(EngineRole):
         started = time.monotonic()
         try:
             if not landing.pages:
-                own = self.parts.memory.alloc_pages(len(landing.chain) - len(landing.prefix))
+                count = self.parts.layout.pages_of(landing.req.seqlen)
+                own = self.parts.memory.alloc_pages(count - len(landing.prefix))
                 landing.pages = landing.prefix + own
         except OutOfMemoryError as error:
             self.agent.release(rid, TransferFailure.REFUSED, str(error))
@@ -309,14 +320,13 @@ class DecodeRole(EngineRole):
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
         """Copies slots into the request's pages; what is wrong with them, or nothing."""
-        digests = copy_and_digest(
-            event.window,
-            [page.slot for page in event.pages],
-            self.parts.kv_pool.as_bytes(),
-            [landing.pages[page.position] for page in event.pages],
-            [page.valid_tokens for page in event.pages],
-            self.parts.layout,
+        target = LandingTarget(
+            pool=self.parts.kv_pool.as_bytes(),
+            layout=self.parts.layout,
+            pages=landing.pages,
+            kept_tokens=len(landing.prefix) * self.parts.layout.page_size,
         )
+        digests = land_pages(event.window, event.pages, landing.writer, target)
         # Waits for the copy, too: after this the slots go back to their writer.
         seals = seals_of(digests)
         if not self.parts.config.verify_kv:
@@ -329,8 +339,7 @@ class DecodeRole(EngineRole):
         return ""
 
     def _join_if_whole(self, rid: RequestId, landing: Landing) -> None:
-        travelled = len(landing.chain) - len(landing.prefix)
-        if landing.first_token is None or len(landing.accepted) < travelled:
+        if landing.first_token is None or len(landing.accepted) < landing.travelling:
             return
         del self._landings[rid]
         landing.completed = time.monotonic()
@@ -356,7 +365,7 @@ class DecodeRole(EngineRole):
             transfer_tail_ms=(landing.completed - landing.verified) * 1e3,
             join_ms=(forward - landing.completed) * 1e3,
             first_decode_step_ms=(now - forward) * 1e3,
-            kv_bytes=len(landing.accepted) * self.parts.layout.page_bytes,
+            kv_bytes=len(landing.accepted) * landing.writer.page_bytes,
             transport=landing.transport,
         )
 

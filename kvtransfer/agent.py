@@ -22,6 +22,7 @@ from kvtransfer.events import (
     TransferFailedEvent,
     WriterFinished,
 )
+from kvtransfer.geometry import KvGeometry, WriterPages, writer_pages
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.receiver import Receiver
@@ -72,10 +73,11 @@ class TransferAgent:
         """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
         `window`: where incoming ones land (None: only sends). `wake` is called from the transfer
         thread when events wait, so that an idle scheduler looks at them."""
+        self._layout = layout
         self._window = window
+        self._links = links = PeerLinks()
         self._wake_scheduler = wake
         self._events: deque[KvEvent] = deque()
-        links = PeerLinks()
         sender = Sender(
             instance_id=instance_id,
             layout=layout,
@@ -127,9 +129,17 @@ class TransferAgent:
 
     # ---- peers ----------------------------------------------------------------------------------
 
-    def peer_connected(self, peer: str, transport: str, offer: bytes) -> None:
-        """The fronts have agreed on `transport`; answered by PeerAttached."""
-        self.thread.do(lambda: self.thread.attach(peer, transport, offer))
+    def peer_connected(
+        self, peer: str, transport: str, offer: bytes, geometry: KvGeometry | None = None
+    ) -> None:
+        """The fronts have agreed on `transport`; answered by PeerAttached. `geometry`: how the
+        peer cuts KV; None: as this worker does."""
+        pages = None
+        if self._window is not None:
+            theirs = geometry or KvGeometry(page_size=self._layout.page_size)
+            slot_bytes = int(self._window.memory.shape[1])
+            pages = writer_pages(self._layout, theirs, slot_bytes=slot_bytes)
+        self.thread.do(lambda: self.thread.attach(peer, transport, offer, pages))
 
     def peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:
         """The session has ended, or fell silent. May be called again once death is proven (the
@@ -186,6 +196,11 @@ class TransferAgent:
         return {request: list(pages) for request, pages in self._held.items()}
 
     # ---- decode ---------------------------------------------------------------------------------
+
+    def pages_of(self, writer: str) -> WriterPages:
+        """What this peer's pages are, in which `grant` and landed pages count. Raises
+        UnknownPeerError where it is not connected."""
+        return self._links.pages_of(writer)
 
     def grant(
         self,

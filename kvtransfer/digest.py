@@ -62,7 +62,7 @@ def _cpu_weights(layout: PageLayout) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 @lru_cache(maxsize=8)
-def _device_weights(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def device_weights(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     rows, words = _cpu_weights(layout)
     return torch.from_numpy(rows).to(device), torch.from_numpy(words).to(device)
 
@@ -72,7 +72,7 @@ def digest_parts(page: torch.Tensor, valid_tokens: int, layout: PageLayout) -> t
 
     Their sum, modulo 2^64, is the page's digest.
     """
-    rows, words = _device_weights(layout, page.device)
+    rows, words = device_weights(layout, page.device)
     head_words = layout.head_dim * layout.itemsize // WORD_BYTES
     shape = (layout.page_size, layout.kv_heads, head_words)
     data = page.view(torch.int32).view(layout.layers, 2, *shape)[:, :, :valid_tokens]
@@ -100,7 +100,7 @@ def digest_pages(
             _cpu_digest(memory[p], v, layout) for p, v in zip(pages, valid_tokens, strict=True)
         ]
         return torch.tensor(values, dtype=torch.int64).view(len(pages), RANGES)
-    with _own_stream(pool.device):
+    with own_stream(pool.device):
         return queue_digests(pool, pages, valid_tokens, layout).cpu()
 
 
@@ -139,7 +139,7 @@ def copy_and_digest(
     if pool.device.type == "cpu":
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
-    with _own_stream(pool.device):
+    with own_stream(pool.device):
         if window.device == pool.device and triton_installed():
             return _launch(window, slots, pool, pages, valid_tokens, layout, copy=True).cpu()
         _copy(window, slots, pool, pages, valid_tokens, layout)
@@ -167,7 +167,7 @@ def triton_installed() -> bool:
 
 
 @contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[None]:
     """A stream for each thread and device, ahead of the steps' stream where both have work."""
     streams: dict[torch.device, torch.cuda.Stream]
     streams = _streams.__dict__.setdefault("by_device", {})
@@ -192,7 +192,7 @@ def _launch(
 ) -> torch.Tensor:
     """One kernel over all rows of all pages; each byte is read once."""
     count = len(source_pages)
-    row_weights, word_weights = _device_weights(layout, target.device)
+    row_weights, word_weights = device_weights(layout, target.device)
     table = torch.tensor([source_pages, target_pages, valid_tokens], pin_memory=True)
     parts = torch.empty((count, layout.rows), dtype=torch.int64, device=target.device)
     kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
@@ -242,7 +242,7 @@ def _cpu_digest(page: npt.NDArray[np.uint8], valid: int, layout: PageLayout) -> 
 def _device_digest(
     pool: torch.Tensor, pages: Sequence[int], valid_tokens: Sequence[int], layout: PageLayout
 ) -> torch.Tensor:
-    rows, words = _device_weights(layout, pool.device)
+    rows, words = device_weights(layout, pool.device)
     out = torch.empty(len(pages), dtype=torch.int64, device=pool.device)
     batch = max(1, _CUDA_BATCH_BYTES // layout.page_bytes)
     row_words = pool.view(torch.int32).view(pool.shape[0], layout.rows, -1)

@@ -39,3 +39,50 @@ def copy_and_digest_kernel(  # type: ignore[no-untyped-def]
         total += data.to(tl.int64) * weight
     part = tl.sum(total, axis=0) * tl.load(row_weights + row)
     tl.store(parts + item.to(tl.int64) * rows + row, part)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def land_and_digest_kernel(  # type: ignore[no-untyped-def]
+    window,
+    pool,
+    table,
+    parts,
+    row_weights,
+    word_weights,
+    table_width,
+    rows,
+    slot_words,
+    row_words,
+    token_words,
+    own_row_words,
+    own_page_size,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """One row of one page a program, into pages of another size. A line of `table` is: slot, valid
+    tokens, position of the first one, how many of them stay unwritten, then the pool's pages from
+    that position's on."""
+    item = tl.program_id(0)
+    row = tl.program_id(1)
+    line = table + item * table_width
+    words = tl.load(line + 1) * token_words
+    first_token = tl.load(line + 2)
+    unwritten = tl.load(line + 3)
+    first_page = first_token // own_page_size
+    read = window + tl.load(line) * slot_words + row * row_words
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.int64)
+    for first in range(0, row_words, BLOCK):
+        word = first + lane
+        inside = word < words
+        data = tl.load(read + word, mask=inside, other=0)
+        weight = tl.load(word_weights + word, mask=inside, other=0)
+        total += data.to(tl.int64) * weight
+        token = word // token_words
+        position = first_token + token
+        index = position // own_page_size
+        wanted = inside & (token >= unwritten)
+        page = tl.load(line + 4 + index - first_page, mask=wanted, other=0)
+        place = (position - index * own_page_size) * token_words + (word - token * token_words)
+        tl.store(pool + (page * rows + row) * own_row_words + place, data, mask=wanted)
+    part = tl.sum(total, axis=0) * tl.load(row_weights + row)
+    tl.store(parts + item.to(tl.int64) * rows + row, part)

@@ -223,15 +223,18 @@ class FakeTransport(Transport):
         pool = delivery.origin._pool
         if not delivery.copies or pool is None or self.landing is None:
             return
-        first, end = delivery.part or (0, int(self.landing.shape[1]))
+        first, end = delivery.part or (0, int(pool.shape[1]))
+        # A page that is larger than a slot reaches into the slots behind it.
+        memory, slot_bytes = self.landing.view(-1), int(self.landing.shape[1])
         if delivery.fault in (FaultKind.TRUNCATE, FaultKind.FAIL):
             end = first + (end - first) // 2
         for page, slot in delivery.copies:
-            self.landing[slot, first:end].copy_(pool[page, first:end])
+            start = slot * slot_bytes
+            memory[start + first : start + end].copy_(pool[page, first:end])
         if delivery.fault is FaultKind.CORRUPT:
             _, slot = delivery.copies[self._random.randrange(len(delivery.copies))]
             byte = self._random.randrange(first, end)
-            self.landing[slot, byte] ^= 1 << self._random.randrange(8)
+            memory[slot * slot_bytes + byte] ^= 1 << self._random.randrange(8)
 
     def _end(self, write_id: WriteId | None, failure: str | None) -> None:
         if write_id is None or self._in_flight.pop(write_id, None) is None:

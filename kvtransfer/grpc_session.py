@@ -16,6 +16,7 @@ import grpc
 from kvtransfer.grpc_stream import KvSession, SessionHandler, SessionTiming, SlotMemory
 from kvtransfer.orders import WriteOrder
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
+from protos.fingerprint import difference
 from protos.version import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,8 @@ def refusal(mine: kv_pb2.ConnectInfo, theirs: kv_pb2.ConnectInfo) -> str:
             f"this worker {mine.protocol_version}: run the same release on both"
         )
     if theirs.fingerprint != mine.fingerprint:
-        return (
-            f"peer {theirs.instance_id} has fingerprint {theirs.fingerprint}, this worker "
-            f"{mine.fingerprint}: model, dtype or page layout differ"
-        )
+        what = difference(theirs.fingerprint, mine.fingerprint)
+        return f"peer {theirs.instance_id} has another fingerprint than this worker: {what}"
     if not theirs.instance_id or theirs.instance_id == mine.instance_id:
         return f"peer has the instance id {theirs.instance_id!r}"
     return ""

@@ -71,7 +71,8 @@ class SlotMemory:
 
     def problem(self, slot: int, offset: int, size: int) -> str:
         """Why these bytes may not be written; empty where they may."""
-        if slot >= self.slots or offset + size > self.slot_bytes:
+        # A page that was cut larger than a slot reaches into the slots behind it.
+        if slot * self.slot_bytes + offset + size > self.slots * self.slot_bytes:
             return (
                 f"bytes {offset}..{offset + size} of slot {slot} lie outside the landing window "
                 f"({self.slots} slots of {self.slot_bytes} bytes)"

@@ -4,8 +4,9 @@ A page is one contiguous block `[layers, 2, page_size, kv_heads, head_dim]` (key
 every layer): one descriptor on the wire, one seal, one copy.
 """
 
-import hashlib
 from dataclasses import dataclass
+
+from protos.fingerprint import make_fingerprint
 
 WORD_BYTES = 4
 """The digest reads pages as 32-bit words."""
@@ -69,12 +70,16 @@ class PageLayout:
 
 
 def compatibility_fingerprint(model_digest: str, dtype_name: str, layout: PageLayout) -> str:
-    """Hex digest of everything that two workers must share to exchange KV.
+    """Everything that two workers must share to exchange KV, as `protos.fingerprint` reads it.
 
-    `model_digest` identifies configuration and weights; the protocol's version is compared apart.
+    `model_digest` identifies configuration and weights. The page's size may differ
+    (kvtransfer/geometry.py); the protocol's version is compared apart.
     """
-    facts = (
-        f"{model_digest}|{dtype_name}|{layout.layers}|{layout.page_size}|{layout.kv_heads}"
-        f"|{layout.head_dim}|{layout.itemsize}"
+    return make_fingerprint(
+        model=model_digest[:16],
+        dtype=dtype_name.removeprefix("torch."),
+        layers=layout.layers,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        element_bytes=layout.itemsize,
     )
-    return hashlib.sha256(facts.encode()).hexdigest()[:32]

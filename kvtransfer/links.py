@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvtransfer.errors import TransportError, UnknownPeerError
+from kvtransfer.geometry import WriterPages
 from kvtransfer.transport import Transport
 from protos.baton.v1 import kv_pb2
 
@@ -17,15 +18,21 @@ class PeerLinks:
 
     def __init__(self) -> None:
         self._transports: dict[str, Transport] = {}
+        self._pages: dict[str, WriterPages] = {}
         self.dropped: Counter[str] = Counter()
         """Messages that were late, repeated, malformed or not allowed, by cause."""
 
-    def attach(self, peer: str, transport: Transport) -> None:
+    def attach(self, peer: str, transport: Transport, pages: WriterPages | None = None) -> None:
+        """`pages`: how those that the peer writes lie in the window here; None: it writes none."""
+        if pages is not None:
+            self._pages[peer] = pages
         self._transports[peer] = transport
 
     def detach(self, peer: str) -> Transport | None:
         """The transport that joined the peer, or None."""
-        return self._transports.pop(peer, None)
+        transport = self._transports.pop(peer, None)
+        self._pages.pop(peer, None)
+        return transport
 
     def get(self, peer: str) -> Transport | None:
         return self._transports.get(peer)
@@ -38,6 +45,14 @@ class PeerLinks:
                 f"instance {peer} is not connected for KV transfer; it may have restarted"
             )
         return transport
+
+    def pages_of(self, peer: str) -> WriterPages:
+        """Raises UnknownPeerError where the peer is not attached, or does not write here."""
+        self.require(peer)
+        pages = self._pages.get(peer)
+        if pages is None:
+            raise UnknownPeerError(f"instance {peer} does not write to this worker")
+        return pages
 
     def peers(self) -> list[str]:
         return list(self._transports)

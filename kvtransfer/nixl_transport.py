@@ -234,9 +234,13 @@ class NixlTransport(Transport):
         memory, address, size, device, count = window
         if memory not in ("DRAM", "VRAM") or not 1 <= count <= MAX_WINDOW_SLOTS:
             raise ValueError(f"a window of {count} slots in {memory}")
-        if self._pool is not None and size != self._pool.shape[1]:
-            raise ValueError(f"slots of {size} bytes, pages of {self._pool.shape[1]} here")
-        return memory, _rows(int(address), int(size), int(device), int(count))
+        address, size, device, count = int(address), int(size), int(device), int(count)
+        page_bytes = size if self._pool is None else int(self._pool.shape[1])
+        # A page that is larger than a slot reaches into the slots behind it.
+        places = (count * size - page_bytes) // size + 1
+        if places < 1:
+            raise ValueError(f"a page takes {page_bytes} bytes, its window {count * size}")
+        return memory, _rows(address, size, device, places, length=page_bytes)
 
     def disconnect(self, peer: str) -> None:
         entry = self._peers.get(peer)
@@ -409,10 +413,13 @@ def _region(memory: torch.Tensor) -> tuple[str, npt.NDArray[np.uint64]]:
     return kind, _rows(memory.data_ptr(), memory.shape[1], device, memory.shape[0])
 
 
-def _rows(address: int, size: int, device: int, count: int) -> npt.NDArray[np.uint64]:
+def _rows(
+    address: int, size: int, device: int, count: int, *, length: int = 0
+) -> npt.NDArray[np.uint64]:
+    """A descriptor at each multiple of `size`, of `length` bytes (0: of `size`)."""
     rows = np.empty((count, 3), dtype=np.uint64)
     rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(size)
-    rows[:, 1] = size
+    rows[:, 1] = length or size
     rows[:, 2] = device
     return rows
 

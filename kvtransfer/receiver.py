@@ -23,6 +23,7 @@ from kvtransfer.events import (
     TransferFailedEvent,
     WriterFinished,
 )
+from kvtransfer.geometry import WriterPages
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.quarantine import Quarantine
@@ -38,6 +39,8 @@ MAX_TOMBSTONES = 8_192
 @dataclass(slots=True)
 class _Incoming:
     ticket: Ticket
+    pages: WriterPages
+    """What a page is, in everything below: the writer's."""
     first_position: int
     total_pages: int
     chain_hashes: tuple[bytes, ...]
@@ -110,6 +113,15 @@ class Receiver:
         """Transfers that are neither complete nor failed."""
         return len(self._live_ids)
 
+    def unfit(self, pages: WriterPages) -> str:
+        """Why a peer that writes such pages cannot be served; empty where it can."""
+        if self._window is not None and pages.slots > self._window.slots:
+            return (
+                f"a page of its {pages.page_size} tokens takes {pages.slots} landing slots, and "
+                f"there are {self._window.slots} (--landing-slots)"
+            )
+        return ""
+
     # ---- commands of the role -------------------------------------------------------------------
 
     def grant(
@@ -125,19 +137,24 @@ class Receiver:
     ) -> Ticket:
         """Promises landing slots for the pages of a request, counted over its whole sequence.
 
-        `prefix_len` tokens (whole pages) are here already; `chain_hashes`, where given, has one
-        entry for each page after them. No I/O; any thread. Raises NoSlotsError (wait or refuse),
+        Pages are the writer's (`PeerLinks.pages_of`), except that `prefix_len` tokens are here
+        already in whole pages of ours; `chain_hashes`, where given, has one entry for each page
+        that holds a token after them. No I/O; any thread. Raises NoSlotsError (wait or refuse),
         UnknownPeerError (writer not connected), DuplicateTransferError, ValueError.
         """
-        first = self._first_position(total_pages, total_tokens, prefix_len, chain_hashes)
         transport = self._links.require(writer)
         if self._window is None:
             raise UnknownPeerError("this worker has no landing window: it does not receive KV")
+        pages = self._links.pages_of(writer)
+        first = self._first_position(pages, total_pages, total_tokens, prefix_len, chain_hashes)
+        most = max(1, self._max_slots // pages.slots)
         with self._lock:
             if request_id in self._live_ids:
                 raise DuplicateTransferError(f"request {request_id} is being received already")
             ticket_id = self._next_ticket
-            slots, epoch = self._window.grant(min(total_pages - first, self._max_slots), ticket_id)
+            slots, epoch = self._window.grant(
+                min(total_pages - first, most), ticket_id, run=pages.slots
+            )
             self._next_ticket += 1
             self._live_ids.add(request_id)
         ticket = Ticket(
@@ -155,20 +172,33 @@ class Receiver:
         )
         self._granted.append(
             _Incoming(
-                ticket, first, total_pages, tuple(chain_hashes), self._clock(), credited=set(slots)
+                ticket,
+                pages,
+                first,
+                total_pages,
+                tuple(chain_hashes),
+                self._clock(),
+                credited=set(slots),
             )
         )
         return ticket
 
     def _first_position(
-        self, total_pages: int, total_tokens: int, prefix_len: int, chain_hashes: Sequence[bytes]
+        self,
+        pages: WriterPages,
+        total_pages: int,
+        total_tokens: int,
+        prefix_len: int,
+        chain_hashes: Sequence[bytes],
     ) -> int:
         page_size = self._layout.page_size
         if prefix_len % page_size or not 0 <= prefix_len <= total_tokens:
             raise ValueError(f"prefix of {prefix_len} tokens: not whole pages of {page_size}")
-        if total_pages != self._layout.pages_of(total_tokens):
-            raise ValueError(f"{total_tokens} tokens are not {total_pages} pages of {page_size}")
-        first = prefix_len // page_size
+        if total_pages != pages.pages_of(total_tokens):
+            raise ValueError(
+                f"{total_tokens} tokens are not {total_pages} pages of {pages.page_size}"
+            )
+        first = pages.first_position(prefix_len)
         if chain_hashes and len(chain_hashes) != total_pages - first:
             raise ValueError(f"{len(chain_hashes)} chain hashes for {total_pages - first} pages")
         return first
@@ -188,7 +218,7 @@ class Receiver:
                 continue
             freed.add(slot)
             entry.accepted.add(position)
-        self.bytes_received += len(freed) * self._layout.page_bytes
+        self.bytes_received += len(freed) * entry.pages.page_bytes
         self._recycle(entry, freed)
         self._finish(entry)
 
@@ -285,7 +315,7 @@ class Receiver:
             return f"page at position {position} was not asked for"
         if page.slot not in entry.credited:
             return f"page at position {position} lies in slot {page.slot}, which was not granted"
-        if page.valid_tokens != self._layout.valid_tokens(position, entry.ticket.total_tokens):
+        if page.valid_tokens != entry.pages.valid_tokens(position, entry.ticket.total_tokens):
             return f"page at position {position} claims {page.valid_tokens} valid tokens"
         chain_hashes = entry.chain_hashes
         if chain_hashes and page.chain_hash != chain_hashes[position - entry.first_position]:
@@ -351,10 +381,12 @@ class Receiver:
         if self._window is None:
             return
         ticket_id = entry.ticket.ticket_id
-        need = max(0, min(self._max_slots, entry.unreported_pages) - len(entry.credited))
+        run = entry.pages.slots
+        most = max(1, self._max_slots // run)
+        need = max(0, min(most, entry.unreported_pages) - len(entry.credited))
         again = set(sorted(freed)[:need])
         self._window.release(freed - again, ticket_id)
-        fresh = set(self._window.top_up(need - len(again), ticket_id)) | again
+        fresh = set(self._window.top_up(need - len(again), ticket_id, run=run)) | again
         if fresh:
             entry.credited |= fresh
             message = messages.credit(entry.ticket, sorted(fresh))
@@ -382,7 +414,7 @@ class Receiver:
                 request_id=entry.ticket.request_id,
                 ticket_id=entry.ticket.ticket_id,
                 first_token=entry.first_token or 0,
-                total_bytes=len(entry.accepted) * self._layout.page_bytes,
+                total_bytes=len(entry.accepted) * entry.pages.page_bytes,
                 transport=name,
             )
         )

@@ -14,6 +14,7 @@ import torch
 
 from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
+from kvtransfer.geometry import WriterPages
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -168,7 +169,12 @@ class TransferThread:
         else:
             self.links.dropped["malformed"] += 1
 
-    def attach(self, peer: str, name: str, offer: bytes) -> None:
+    def attach(self, peer: str, name: str, offer: bytes, pages: WriterPages | None = None) -> None:
+        """`pages`: what the peer writes; None where it writes nothing here."""
+        problem = "" if pages is None else self.receiver.unfit(pages)
+        if problem:
+            self._emit(PeerAttached(peer=peer, ok=False, reason=problem))
+            return
         transport = self._transports.get(name)
         if transport is None:
             reason = f"transport {name} is not available here"
@@ -181,7 +187,7 @@ class TransferThread:
         except TransportError as error:
             self._emit(PeerAttached(peer=peer, ok=False, reason=error.message))
             return
-        self.links.attach(peer, transport)
+        self.links.attach(peer, transport, pages)
         self._emit(PeerAttached(peer=peer, ok=True, reason=""))
 
     def detach(self, peer: str, reason: str, *, proven_dead: bool) -> None:

@@ -6,7 +6,9 @@ can then spoil a slot that nobody reads, never a page.
 """
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -33,6 +35,8 @@ class LandingWindow:
         self._free = set(range(memory.shape[0]))
         self._granted: dict[int, int] = {}
         self._quarantined: dict[int, int] = {}
+        self._runs: dict[int, int] = {}
+        """First slot of a run -> its length; slots that stand alone are left out."""
         self._epoch = 0
 
     @property
@@ -44,12 +48,14 @@ class LandingWindow:
         """Number of grants so far; each ticket carries the epoch of its own."""
         return self._epoch
 
-    def grant(self, count: int, owner: int) -> tuple[tuple[int, ...], int]:
+    def grant(self, count: int, owner: int, *, run: int = 1) -> tuple[tuple[int, ...], int]:
         """Up to `count` slots for ticket `owner`, lowest first so that runs stay together, and
         the new epoch. Raises NoSlotsError where some are asked and none is free.
+
+        `run` > 1: each is the first of so many neighbours, which belong to it until its release.
         """
         with self._lock:
-            slots = self._take(count, owner)
+            slots = self._take(count, owner, run)
             if count and not slots:
                 raise NoSlotsError(
                     f"all {self.slots} landing slots are taken "
@@ -59,16 +65,27 @@ class LandingWindow:
             self._epoch += 1
             return slots, self._epoch
 
-    def top_up(self, count: int, owner: int) -> tuple[int, ...]:
+    def top_up(self, count: int, owner: int, *, run: int = 1) -> tuple[int, ...]:
         """Up to `count` further slots under the ticket's epoch; may be none."""
         with self._lock:
-            return self._take(count, owner)
+            return self._take(count, owner, run)
 
-    def _take(self, count: int, owner: int) -> tuple[int, ...]:
-        slots = tuple(sorted(self._free)[: max(0, count)])
+    def _take(self, count: int, owner: int, run: int) -> tuple[int, ...]:
+        if run == 1:
+            firsts = sorted(self._free)[: max(0, count)]
+        else:
+            # At multiples of their length, so that runs of one length leave no gaps between them.
+            aligned = range(0, self.slots - run + 1, run)
+            free = (first for first in aligned if self._free.issuperset(range(first, first + run)))
+            firsts = list(islice(free, max(0, count)))
+            self._runs.update(dict.fromkeys(firsts, run))
+        slots = self._with_neighbours(firsts)
         self._free.difference_update(slots)
         self._granted.update(dict.fromkeys(slots, owner))
-        return slots
+        return tuple(firsts)
+
+    def _with_neighbours(self, firsts: Iterable[int]) -> set[int]:
+        return {slot for first in firsts for slot in range(first, first + self._runs.get(first, 1))}
 
     def release(self, slots: set[int], owner: int) -> None:
         """Gives granted or quarantined slots of `owner` back.
@@ -77,17 +94,20 @@ class LandingWindow:
         to two writers.
         """
         with self._lock:
-            self._check(slots, owner)
-            for slot in slots:
+            every = self._with_neighbours(slots)
+            self._check(every, owner)
+            for slot in every:
                 self._granted.pop(slot, None)
                 self._quarantined.pop(slot, None)
-            self._free.update(slots)
+                self._runs.pop(slot, None)
+            self._free.update(every)
 
     def quarantine(self, slots: set[int], owner: int) -> None:
         """Keeps granted slots of `owner` from everybody until `release`."""
         with self._lock:
-            self._check(slots, owner)
-            for slot in slots:
+            every = self._with_neighbours(slots)
+            self._check(every, owner)
+            for slot in every:
                 self._granted.pop(slot, None)
                 self._quarantined[slot] = owner
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from protos.baton.v1 import inference_pb2, worker_pb2
+from protos.fingerprint import difference
 from protos.version import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -243,10 +244,8 @@ class Members:
         for other in self._records.values():
             theirs = other.registration.fingerprint
             if not other.incompatible and theirs != ours:
-                return (
-                    f"fingerprint {ours} differs from {theirs} of {other.id}: "
-                    "another model, dtype or layout"
-                )
+                what = difference(ours, theirs)
+                return f"its fingerprint differs from that of {other.id}: {what}"
         return ""
 
 

@@ -18,8 +18,9 @@ from engine.scheduler.role import SchedulerRole
 from engine.scheduler.step_result import StepResult, TokenOutput
 from engine.types import RequestId
 from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
+from kvtransfer.geometry import KvGeometry
 from kvtransfer.states import TransferFailure
-from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
+from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 
 STATUS_INTERVAL_S = 1.0
@@ -100,7 +101,10 @@ class EngineRole(SchedulerRole):
         elif kind == "peer_connected":
             connected = message.peer_connected
             self.agent.peer_connected(
-                connected.info.instance_id, connected.transport, connected.offer
+                connected.info.instance_id,
+                connected.transport,
+                connected.offer,
+                _geometry(connected.info),
             )
         elif kind == "peer_gone":
             gone = message.peer_gone
@@ -324,6 +328,11 @@ class EngineRole(SchedulerRole):
     def is_idle(self) -> bool:
         """Nothing is live: a draining worker may end."""
         return not self.arrivals
+
+
+def _geometry(info: kv_pb2.ConnectInfo) -> KvGeometry | None:
+    """How the peer cuts KV; None where it does not say: as this worker."""
+    return KvGeometry(page_size=info.page_size) if info.page_size else None
 
 
 def _host_pages(host: HostPool | None) -> worker_pb2.HostPages | None:

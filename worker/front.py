@@ -234,6 +234,7 @@ class WorkerFront:
             transports=self.ready.transports,
             pid=self.ready.engine_pid,
             pid_namespace=pid_namespace(),
+            page_size=self.ready.model.page_size,
         )
 
     # ---- router -> engine -----------------------------------------------------------------------

@@ -44,6 +44,36 @@ def test_every_slot_is_always_in_exactly_one_state(steps: list[tuple[str, int]])
         assert counts.free == 6 - sum(len(slots) for slots in owners.values())
 
 
+@given(st.lists(st.tuples(st.sampled_from("grqt"), st.integers(0, 5)), max_size=40))
+def test_runs_of_slots_stay_together_and_never_overlap(steps: list[tuple[str, int]]) -> None:
+    window = LandingWindow(torch.zeros((13, 8), dtype=torch.uint8))
+    owners: dict[int, set[int]] = {}
+
+    def every(owner: int) -> set[int]:
+        run = 1 + owner % 4
+        return {slot for first in owners[owner] for slot in range(first, first + run)}
+
+    for owner, (action, number) in enumerate(steps):
+        if action == "g":
+            try:
+                owners[owner] = set(window.grant(number, owner, run=1 + owner % 4)[0])
+            except NoSlotsError:
+                continue
+        elif owners:
+            chosen = list(owners)[number % len(owners)]
+            if action == "r":
+                window.release(owners.pop(chosen), chosen)
+            elif action == "q":
+                window.quarantine(owners[chosen], chosen)
+            else:
+                owners[chosen] |= set(window.top_up(1, chosen, run=1 + chosen % 4))
+        held = [every(owner) for owner in owners]
+        taken = set().union(*held)
+        assert sum(len(slots) for slots in held) == len(taken)
+        assert taken <= set(range(13))
+        assert window.counts().free == 13 - len(taken)
+
+
 def test_a_slot_cannot_be_given_back_by_another_ticket_or_twice() -> None:
     window = LandingWindow(torch.zeros((2, 8), dtype=torch.uint8))
     slots, _ = window.grant(1, 7)

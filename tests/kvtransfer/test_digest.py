@@ -1,5 +1,7 @@
 """Seals: what they catch, what they ignore, and that ranges add up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from kvtransfer.digest import (
     seals_of,
 )
 from kvtransfer.layout import PageLayout, compatibility_fingerprint
+from protos.fingerprint import difference
 
 LAYOUTS = [
     PageLayout(layers=1, page_size=1, kv_heads=1, head_dim=2, itemsize=2),
@@ -137,6 +140,20 @@ def test_the_fingerprint_changes_with_every_fact() -> None:
     prints.add(compatibility_fingerprint("n", "bfloat16", LAYOUTS[0]))
     prints.add(compatibility_fingerprint("m", "float16", LAYOUTS[0]))
     assert len(prints) == len(LAYOUTS) + 2
+
+
+def test_the_fingerprint_leaves_the_page_size_out() -> None:
+    smaller = replace(LAYOUTS[1], page_size=2)
+    assert compatibility_fingerprint("m", "bfloat16", smaller) == compatibility_fingerprint(
+        "m", "bfloat16", LAYOUTS[1]
+    )
+
+
+def test_what_differs_between_two_fingerprints_is_named() -> None:
+    ours = compatibility_fingerprint("m", "torch.float32", replace(LAYOUTS[1], itemsize=4))
+    theirs = compatibility_fingerprint("m", "torch.bfloat16", LAYOUTS[1])
+    assert difference(ours, theirs) == "dtype is float32, not bfloat16; element_bytes is 4, not 2"
+    assert difference(ours, "f00d") == f"{ours} and f00d"
 
 
 @pytest.mark.gpu

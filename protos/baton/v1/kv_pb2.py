@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/baton/v1/kv.proto\x12\x08\x62\x61ton.v1\"\xe4\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\x0fwriter_instance\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x03(\x04\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\x12\x19\n\x11\x64\x65\x63ode_prefix_len\x18\x08 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\t \x01(\x04\x12\x12\n\ntoken_hash\x18\n \x01(\x0c\x12\x11\n\ttransport\x18\x0b \x01(\t\"\xa3\x01\n\x0b\x43onnectInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12,\n\ntransports\x18\x04 \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x0b\n\x03pid\x18\x05 \x01(\x04\x12\x15\n\rpid_namespace\x18\x06 \x01(\t\"0\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\"\x9f\x02\n\x07KvFrame\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ConnectInfoH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.baton.v1.PageChunkH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\'\n\twrite_ack\x18\x05 \x01(\x0b\x32\x12.baton.v1.WriteAckH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.SessionRefusedH\x00\x12+\n\x06\x63hosen\x18\x07 \x01(\x0b\x32\x19.baton.v1.TransportChosenH\x00\x42\x06\n\x04kind\"\x1f\n\x0fTransportChosen\x12\x0c\n\x04name\x18\x01 \x01(\t\" \n\x0eSessionRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\tHeartbeat\x12\r\n\x05nonce\x18\x01 \x01(\x04\"h\n\tPageChunk\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x0f\n\x07message\x18\x06 \x01(\x0c\"+\n\x08WriteAck\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x9a\x02\n\tKvMessage\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12)\n\x07written\x18\x04 \x01(\x0b\x32\x16.baton.v1.PagesWrittenH\x00\x12.\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x1a.baton.v1.TransferCompleteH\x00\x12*\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x18.baton.v1.TransferFailedH\x00\x12\"\n\x06\x63redit\x18\x07 \x01(\x0b\x32\x10.baton.v1.CreditH\x00\x12$\n\x03\x61\x63k\x18\x08 \x01(\x0b\x32\x15.baton.v1.TransferAckH\x00\x42\x06\n\x04kind\"3\n\x0cPagesWritten\x12#\n\x05pages\x18\x01 \x03(\x0b\x32\x14.baton.v1.LandedPage\"d\n\nLandedPage\x12\x0c\n\x04slot\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x14\n\x0cvalid_tokens\x18\x03 \x01(\x04\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\x12\x12\n\nchain_hash\x18\x05 \x01(\x0c\"Q\n\x10TransferComplete\x12\x13\n\x0btotal_pages\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"s\n\x0eTransferFailed\x12*\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x19.baton.v1.TransferFailure\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x10\n\x08quiesced\x18\x03 \x01(\x08\x12\x13\n\x0b\x66rom_writer\x18\x04 \x01(\x08\"\x17\n\x06\x43redit\x12\r\n\x05slots\x18\x01 \x03(\x04\"\x1c\n\x0bTransferAck\x12\r\n\x05pages\x18\x01 \x01(\x04*\xed\x01\n\x0fTransferFailure\x12 \n\x1cTRANSFER_FAILURE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRANSFER_FAILURE_TRANSPORT\x10\x01\x12\x1c\n\x18TRANSFER_FAILURE_EXPIRED\x10\x02\x12\x1c\n\x18TRANSFER_FAILURE_ABORTED\x10\x03\x12\x1d\n\x19TRANSFER_FAILURE_MISMATCH\x10\x04\x12\x1c\n\x18TRANSFER_FAILURE_REFUSED\x10\x05\x12\x1f\n\x1bTRANSFER_FAILURE_NOT_NEEDED\x10\x06\x32\x39\n\x02Kv\x12\x33\n\x07Session\x12\x11.baton.v1.KvFrame\x1a\x11.baton.v1.KvFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/baton/v1/kv.proto\x12\x08\x62\x61ton.v1\"\xe4\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\x0fwriter_instance\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x03(\x04\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\x12\x19\n\x11\x64\x65\x63ode_prefix_len\x18\x08 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\t \x01(\x04\x12\x12\n\ntoken_hash\x18\n \x01(\x0c\x12\x11\n\ttransport\x18\x0b \x01(\t\"\xb6\x01\n\x0b\x43onnectInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12,\n\ntransports\x18\x04 \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x0b\n\x03pid\x18\x05 \x01(\x04\x12\x15\n\rpid_namespace\x18\x06 \x01(\t\x12\x11\n\tpage_size\x18\x07 \x01(\x04\"0\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\"\x9f\x02\n\x07KvFrame\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ConnectInfoH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.baton.v1.PageChunkH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\'\n\twrite_ack\x18\x05 \x01(\x0b\x32\x12.baton.v1.WriteAckH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.SessionRefusedH\x00\x12+\n\x06\x63hosen\x18\x07 \x01(\x0b\x32\x19.baton.v1.TransportChosenH\x00\x42\x06\n\x04kind\"\x1f\n\x0fTransportChosen\x12\x0c\n\x04name\x18\x01 \x01(\t\" \n\x0eSessionRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\tHeartbeat\x12\r\n\x05nonce\x18\x01 \x01(\x04\"h\n\tPageChunk\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x0f\n\x07message\x18\x06 \x01(\x0c\"+\n\x08WriteAck\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x9a\x02\n\tKvMessage\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12)\n\x07written\x18\x04 \x01(\x0b\x32\x16.baton.v1.PagesWrittenH\x00\x12.\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x1a.baton.v1.TransferCompleteH\x00\x12*\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x18.baton.v1.TransferFailedH\x00\x12\"\n\x06\x63redit\x18\x07 \x01(\x0b\x32\x10.baton.v1.CreditH\x00\x12$\n\x03\x61\x63k\x18\x08 \x01(\x0b\x32\x15.baton.v1.TransferAckH\x00\x42\x06\n\x04kind\"3\n\x0cPagesWritten\x12#\n\x05pages\x18\x01 \x03(\x0b\x32\x14.baton.v1.LandedPage\"d\n\nLandedPage\x12\x0c\n\x04slot\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x14\n\x0cvalid_tokens\x18\x03 \x01(\x04\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\x12\x12\n\nchain_hash\x18\x05 \x01(\x0c\"Q\n\x10TransferComplete\x12\x13\n\x0btotal_pages\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"s\n\x0eTransferFailed\x12*\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x19.baton.v1.TransferFailure\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x10\n\x08quiesced\x18\x03 \x01(\x08\x12\x13\n\x0b\x66rom_writer\x18\x04 \x01(\x08\"\x17\n\x06\x43redit\x12\r\n\x05slots\x18\x01 \x03(\x04\"\x1c\n\x0bTransferAck\x12\r\n\x05pages\x18\x01 \x01(\x04*\xed\x01\n\x0fTransferFailure\x12 \n\x1cTRANSFER_FAILURE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRANSFER_FAILURE_TRANSPORT\x10\x01\x12\x1c\n\x18TRANSFER_FAILURE_EXPIRED\x10\x02\x12\x1c\n\x18TRANSFER_FAILURE_ABORTED\x10\x03\x12\x1d\n\x19TRANSFER_FAILURE_MISMATCH\x10\x04\x12\x1c\n\x18TRANSFER_FAILURE_REFUSED\x10\x05\x12\x1f\n\x1bTRANSFER_FAILURE_NOT_NEEDED\x10\x06\x32\x39\n\x02Kv\x12\x33\n\x07Session\x12\x11.baton.v1.KvFrame\x1a\x11.baton.v1.KvFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERFAILURE']._serialized_start=1717
-  _globals['_TRANSFERFAILURE']._serialized_end=1954
+  _globals['_TRANSFERFAILURE']._serialized_start=1736
+  _globals['_TRANSFERFAILURE']._serialized_end=1973
   _globals['_TICKET']._serialized_start=39
   _globals['_TICKET']._serialized_end=267
   _globals['_CONNECTINFO']._serialized_start=270
-  _globals['_CONNECTINFO']._serialized_end=433
-  _globals['_TRANSPORTOFFER']._serialized_start=435
-  _globals['_TRANSPORTOFFER']._serialized_end=483
-  _globals['_KVFRAME']._serialized_start=486
-  _globals['_KVFRAME']._serialized_end=773
-  _globals['_TRANSPORTCHOSEN']._serialized_start=775
-  _globals['_TRANSPORTCHOSEN']._serialized_end=806
-  _globals['_SESSIONREFUSED']._serialized_start=808
-  _globals['_SESSIONREFUSED']._serialized_end=840
-  _globals['_HEARTBEAT']._serialized_start=842
-  _globals['_HEARTBEAT']._serialized_end=868
-  _globals['_PAGECHUNK']._serialized_start=870
-  _globals['_PAGECHUNK']._serialized_end=974
-  _globals['_WRITEACK']._serialized_start=976
-  _globals['_WRITEACK']._serialized_end=1019
-  _globals['_KVMESSAGE']._serialized_start=1022
-  _globals['_KVMESSAGE']._serialized_end=1304
-  _globals['_PAGESWRITTEN']._serialized_start=1306
-  _globals['_PAGESWRITTEN']._serialized_end=1357
-  _globals['_LANDEDPAGE']._serialized_start=1359
-  _globals['_LANDEDPAGE']._serialized_end=1459
-  _globals['_TRANSFERCOMPLETE']._serialized_start=1461
-  _globals['_TRANSFERCOMPLETE']._serialized_end=1542
-  _globals['_TRANSFERFAILED']._serialized_start=1544
-  _globals['_TRANSFERFAILED']._serialized_end=1659
-  _globals['_CREDIT']._serialized_start=1661
-  _globals['_CREDIT']._serialized_end=1684
-  _globals['_TRANSFERACK']._serialized_start=1686
-  _globals['_TRANSFERACK']._serialized_end=1714
-  _globals['_KV']._serialized_start=1956
-  _globals['_KV']._serialized_end=2013
+  _globals['_CONNECTINFO']._serialized_end=452
+  _globals['_TRANSPORTOFFER']._serialized_start=454
+  _globals['_TRANSPORTOFFER']._serialized_end=502
+  _globals['_KVFRAME']._serialized_start=505
+  _globals['_KVFRAME']._serialized_end=792
+  _globals['_TRANSPORTCHOSEN']._serialized_start=794
+  _globals['_TRANSPORTCHOSEN']._serialized_end=825
+  _globals['_SESSIONREFUSED']._serialized_start=827
+  _globals['_SESSIONREFUSED']._serialized_end=859
+  _globals['_HEARTBEAT']._serialized_start=861
+  _globals['_HEARTBEAT']._serialized_end=887
+  _globals['_PAGECHUNK']._serialized_start=889
+  _globals['_PAGECHUNK']._serialized_end=993
+  _globals['_WRITEACK']._serialized_start=995
+  _globals['_WRITEACK']._serialized_end=1038
+  _globals['_KVMESSAGE']._serialized_start=1041
+  _globals['_KVMESSAGE']._serialized_end=1323
+  _globals['_PAGESWRITTEN']._serialized_start=1325
+  _globals['_PAGESWRITTEN']._serialized_end=1376
+  _globals['_LANDEDPAGE']._serialized_start=1378
+  _globals['_LANDEDPAGE']._serialized_end=1478
+  _globals['_TRANSFERCOMPLETE']._serialized_start=1480
+  _globals['_TRANSFERCOMPLETE']._serialized_end=1561
+  _globals['_TRANSFERFAILED']._serialized_start=1563
+  _globals['_TRANSFERFAILED']._serialized_end=1678
+  _globals['_CREDIT']._serialized_start=1680
+  _globals['_CREDIT']._serialized_end=1703
+  _globals['_TRANSFERACK']._serialized_start=1705
+  _globals['_TRANSFERACK']._serialized_end=1733
+  _globals['_KV']._serialized_start=1975
+  _globals['_KV']._serialized_end=2032
 # @@protoc_insertion_point(module_scope)

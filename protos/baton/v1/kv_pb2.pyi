@@ -51,20 +51,22 @@ class Ticket(_message.Message):
     def __init__(self, ticket_id: _Optional[int] = ..., instance_id: _Optional[str] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., writer_instance: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., lease_s: _Optional[float] = ..., decode_prefix_len: _Optional[int] = ..., total_tokens: _Optional[int] = ..., token_hash: _Optional[bytes] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class ConnectInfo(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "fingerprint", "transports", "pid", "pid_namespace")
+    __slots__ = ("protocol_version", "instance_id", "fingerprint", "transports", "pid", "pid_namespace", "page_size")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     fingerprint: str
     transports: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     pid: int
     pid_namespace: str
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pid: _Optional[int] = ..., pid_namespace: _Optional[str] = ...) -> None: ...
+    page_size: int
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pid: _Optional[int] = ..., pid_namespace: _Optional[str] = ..., page_size: _Optional[int] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("name", "metadata")

@@ -1,0 +1,156 @@
+"""The copy out of the landing window: pages as their writer cut them, into pages as they are cut
+here.
+
+It digests what it copies with the writer's weights, so the digest can be compared with the seal
+whatever the two page sizes are. Where both cut alike this is `copy_and_digest`. Elsewhere one
+kernel does the same on CUDA; without it a page is first taken out of the window, so that what is
+scattered is what was digested and a late write cannot come between.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtransfer.digest import (
+    RANGES,
+    copy_and_digest,
+    device_weights,
+    digest_pages,
+    own_stream,
+    triton_installed,
+)
+from kvtransfer.geometry import WriterPages
+from kvtransfer.layout import WORD_BYTES, PageLayout
+from kvtransfer.ticket import LandedPage
+
+_KERNEL_WORDS = 2048
+"""Words that a program of the kernel takes at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LandingTarget:
+    """Where the KV of one request goes."""
+
+    pool: torch.Tensor
+    """[pages, page_bytes] uint8."""
+
+    layout: PageLayout
+    """Of the pool's pages."""
+
+    pages: Sequence[int]
+    """The request's pages in the pool, from its first token on."""
+
+    kept_tokens: int
+    """Leading tokens whose KV is here already, in pages that others may read: they are digested
+    where a larger page of the writer brings them along, and never written."""
+
+
+def land_pages(
+    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+) -> torch.Tensor:
+    """Copies the valid tokens of `landed` from `window` ([slots, slot_bytes] uint8, on the pool's
+    device or on the host) into the request's pages, and digests the very bytes that it copied:
+    [len(landed), RANGES] int64 on the host, once the copy is done. On CUDA it works on a stream of
+    its own. Raises ValueError for slots, tokens or pages out of range.
+    """
+    if writer.layout == target.layout and window.shape[1] == target.layout.page_bytes:
+        return copy_and_digest(
+            window,
+            [page.slot for page in landed],
+            target.pool,
+            [target.pages[page.position] for page in landed],
+            [page.valid_tokens for page in landed],
+            target.layout,
+        )
+    _check(window, landed, writer, target)
+    if target.pool.device.type == "cpu":
+        return _staged(window, landed, writer, target)
+    with own_stream(target.pool.device):
+        if window.device == target.pool.device and triton_installed():
+            return _launch(window, landed, writer, target).cpu()
+        return _staged(window, landed, writer, target)
+
+
+def _check(
+    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+) -> None:
+    slots, slot_bytes = window.shape
+    for page in landed:
+        if page.slot < 0 or page.slot * slot_bytes + writer.page_bytes > slots * slot_bytes:
+            raise ValueError(f"a page of {writer.page_bytes} bytes does not fit at {page.slot}")
+        if not 1 <= page.valid_tokens <= writer.page_size:
+            raise ValueError(f"{page.valid_tokens} valid tokens outside 1..{writer.page_size}")
+        end = page.position * writer.page_size + page.valid_tokens
+        if page.position < 0 or end > len(target.pages) * target.layout.page_size:
+            raise ValueError(f"tokens up to {end} in {len(target.pages)} pages")
+    if not all(0 <= page < len(target.pool) for page in target.pages):
+        raise ValueError(f"pages {list(target.pages)} outside the pool")
+
+
+def _staged(
+    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+) -> torch.Tensor:
+    size = writer.page_bytes
+    staged = torch.empty((len(landed), size), dtype=torch.uint8, device=target.pool.device)
+    memory = window.view(-1)
+    for row, page in zip(staged, landed, strict=True):
+        start = page.slot * window.shape[1]
+        row.copy_(memory[start : start + size], non_blocking=True)
+        _scatter(row, page, writer, target)
+    valid = [page.valid_tokens for page in landed]
+    return digest_pages(staged, range(len(landed)), valid, writer.layout)
+
+
+def _scatter(
+    page_bytes: torch.Tensor, page: LandedPage, writer: WriterPages, target: LandingTarget
+) -> None:
+    theirs, mine = writer.layout, target.layout
+    source = page_bytes.view(theirs.rows, theirs.page_size, theirs.token_bytes)
+    first = page.position * theirs.page_size
+    token, end = max(first, target.kept_tokens), first + page.valid_tokens
+    while token < end:
+        index, offset = divmod(token, mine.page_size)
+        count = min(end - token, mine.page_size - offset)
+        own = target.pool[target.pages[index]].view(mine.rows, mine.page_size, mine.token_bytes)
+        own[:, offset : offset + count].copy_(source[:, token - first : token - first + count])
+        token += count
+
+
+def _launch(
+    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+) -> torch.Tensor:
+    """One kernel over all rows of all pages; each byte is read once."""
+    theirs, mine, device = writer.layout, target.layout, target.pool.device
+    row_weights, word_weights = device_weights(theirs, device)
+    firsts = [page.position * theirs.page_size for page in landed]
+    # a page of theirs touches at most so many of ours, however the two lie to one another
+    reach = -(-theirs.page_size // mine.page_size) + 1
+    lists = [list(target.pages[first // mine.page_size :][:reach]) for first in firsts]
+    table = [
+        [page.slot, page.valid_tokens, first, max(0, target.kept_tokens - first), *pages]
+        + [0] * (reach - len(pages))
+        for page, first, pages in zip(landed, firsts, lists, strict=True)
+    ]
+    parts = torch.empty((len(landed), theirs.rows), dtype=torch.int64, device=device)
+    kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
+    kernels.land_and_digest_kernel[(len(landed), theirs.rows)](
+        window.view(torch.int32),
+        target.pool.view(torch.int32),
+        torch.tensor(table, pin_memory=True).to(device, non_blocking=True),
+        parts,
+        row_weights,
+        word_weights,
+        4 + reach,
+        theirs.rows,
+        window.shape[1] // WORD_BYTES,
+        theirs.row_bytes // WORD_BYTES,
+        theirs.token_bytes // WORD_BYTES,
+        mine.row_bytes // WORD_BYTES,
+        mine.page_size,
+        BLOCK=_KERNEL_WORDS,
+        num_warps=8,
+    )
+    return parts.sum(1).view(len(landed), RANGES)
