@@ -27,6 +27,9 @@ ENVIRONMENT_PREFIX = "BATON_"
 TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 FALSE_WORDS = frozenset({"0", "false", "no", "off"})
 
+SHORT_FLAGS = {"tensor_parallel_size": "--tp"}
+"""Settings whose flags have a second name."""
+
 Scalar = str | int | float | bool
 T = TypeVar("T")
 
@@ -57,6 +60,11 @@ class Setting:
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def short_flag(self) -> str:
+        """Another way to write the flag, where the field has a well-known short name; or empty."""
+        return SHORT_FLAGS.get(self.name, "")
 
     @property
     def variable(self) -> str:

@@ -130,6 +130,10 @@ def make_plan(
         gpus = 0 if base.device == "cpu" else count_gpus()
     if base.device == "cuda" and gpus == 0:
         raise SettingsError("device: cuda was asked for, but this machine shows no CUDA device")
+    if gpus and not 1 <= base.tensor_parallel_size <= gpus:
+        raise SettingsError(
+            f"tensor_parallel_size: {base.tensor_parallel_size} of {gpus} CUDA devices"
+        )
     workers = [
         PlannedWorker(
             name=name,
@@ -152,8 +156,10 @@ def _placed(
 ) -> WorkerConfig:
     changes: dict[str, Scalar] = {}
     if gpus > 0:
-        changes["device_index"] = index % gpus
-        sharers = len(range(index % gpus, workers, gpus))
+        # A worker of several ranks takes neighbouring GPUs; those beyond a whole set stay idle.
+        places = gpus // base.tensor_parallel_size
+        changes["device_index"] = index % places * base.tensor_parallel_size
+        sharers = len(range(index % places, workers, places))
         if "mem_fraction" not in given:
             changes["mem_fraction"] = round(base.mem_fraction / sharers, 4)
     if base.threads == 0:

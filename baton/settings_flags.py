@@ -69,4 +69,5 @@ def _option(setting: Setting) -> click.Option:
         flags = f"{setting.flag}/--no-{setting.flag[2:]}"
         return click.Option([flags, setting.name], default=None, help=setting.help)
     metavar = "|".join(setting.choices) if setting.choices else METAVARS[setting.kind]
-    return click.Option([setting.flag, setting.name], metavar=metavar, help=setting.help)
+    names = [name for name in (setting.flag, setting.short_flag, setting.name) if name]
+    return click.Option(names, metavar=metavar, help=setting.help)

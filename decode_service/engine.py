@@ -3,8 +3,8 @@
 import sys
 
 from decode_service.role import DecodeRole
-from worker.engine_parts import KvTraffic
 from worker.engine_process import run_engine
+from worker.kv_traffic import KvTraffic
 
 if __name__ == "__main__":
     sys.exit(run_engine(sys.argv[1:], DecodeRole, traffic=KvTraffic.RECEIVES))

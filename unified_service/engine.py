@@ -3,8 +3,8 @@
 import sys
 
 from unified_service.role import UnifiedRole
-from worker.engine_parts import KvTraffic
 from worker.engine_process import run_engine
+from worker.kv_traffic import KvTraffic
 
 if __name__ == "__main__":
     sys.exit(run_engine(sys.argv[1:], UnifiedRole, traffic=KvTraffic.NONE))

@@ -43,6 +43,11 @@ class WorkerConfig:
     device_index: int = 0
     """Which GPU, counted as CUDA_VISIBLE_DEVICES shows them."""
 
+    tensor_parallel_size: int = 1
+    """GPUs that share the model, from device_index on: each holds a part of the heads, of the MLP
+    and of the vocabulary (--tp for short). On a CPU, processes; of use for tests only. 1: one
+    device holds all of it."""
+
     dtype: Dtype = "auto"
     """auto: bfloat16 on CUDA; on a CPU, float32 (exact against the reference)."""
 

@@ -1,19 +1,19 @@
 """What an engine is made of, built from the worker's configuration: model, memory, transports."""
 
 import os
-from dataclasses import dataclass
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from engine.execution.device import resolve_device, resolve_dtype
-from engine.execution.model_runner import ModelRunner, load_model_runner
+from engine.errors import ConfigError
+from engine.execution.forward_batch import BatchRunner
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.llguidance_backend import LlguidanceBackend
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.memory.pools import MemoryPools, make_memory_pools
 from engine.model_config import ModelConfig
+from engine.parallel.runners import LeadingRunner
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.scheduler import Scheduler
@@ -24,24 +24,16 @@ from worker.channel import EngineChannel
 from worker.config import WorkerConfig
 from worker.fingerprint import model_digest
 from worker.host_memory import host_cache_copier, retract_copier
+from worker.kv_traffic import KvTraffic
+from worker.rank_model import MAX_WINDOW_SLOTS, load_rank_model, rank_device
+from worker.ranks import Ranks
 from worker.transports import TransferMemory, Transports, make_transports
 
 OUTBOX_SLOTS = 16
 """Pages between source pool and gRPC stream: enough to keep the stream busy."""
 
-MIN_WINDOW_SLOTS, MAX_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 512, 8
+MIN_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 8
 """The window is this fraction of the pool; larger prompts stream through it."""
-
-
-class KvTraffic(Enum):
-    """Which way a role's KV travels; decides what memory and transports its engine takes."""
-
-    SENDS = auto()
-    """Pages leave the pool for other workers' windows (prefill)."""
-    RECEIVES = auto()
-    """Pages land in a window of its own (decode)."""
-    NONE = auto()
-    """Both phases are computed here, so nothing moves and no transport is opened (unified)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +53,7 @@ class EngineParts:
     config: WorkerConfig
     process: EngineProcess
     model_config: ModelConfig
-    runner: ModelRunner
+    runner: BatchRunner
     kv_pool: PageMajorKVPool
     memory: MemoryPools
     layout: PageLayout
@@ -70,6 +62,8 @@ class EngineParts:
     agent: TransferAgent
     grammars: GrammarCompiler
     device: torch.device
+    ranks: Ranks
+    """The other processes of a tensor-parallel engine."""
 
     @property
     def channel(self) -> EngineChannel:
@@ -148,33 +142,15 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
     Raises EngineError or TransferError, worded for the operator.
     """
     receives, sends = traffic is KvTraffic.RECEIVES, traffic is KvTraffic.SENDS
-    device = resolve_device(config.device, config.device_index)
-    dtype = resolve_dtype(config.dtype, device)
-    _set_up_torch(device, config)
+    _check_parallel(config, traffic)
+    device = rank_device(config, 0)
     directory = Path(config.model)
-    checkpoint = ModelConfig.from_directory(directory)
-    _progress(process, f"loading {directory.name} as {dtype} on {device}")
-    layout = PageLayout(
-        layers=checkpoint.num_layers,
-        page_size=config.page_size,
-        kv_heads=checkpoint.num_kv_heads,
-        head_dim=checkpoint.head_dim,
-        itemsize=dtype.itemsize,
-    )
-    window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
-    runner = load_model_runner(
-        checkpoint,
-        model_path=str(directory),
-        device=device,
-        dtype=dtype,
-        page_size=config.page_size,
-        max_total_tokens=config.max_total_tokens,
-        mem_fraction=config.mem_fraction,
-        reserved_bytes=window_bytes if receives else 0,
-        load_format=config.load_format,
-        max_context_length=config.max_context_length,
-        graphs_up_to=0 if sends else config.cuda_graph_max_batch,
-    )
+    ranks = Ranks()
+    ranks.start(config, traffic=traffic.name)
+    _progress(process, f"loading {directory.name} on {_devices(config, device)}")
+    group = ranks.join(device)
+    model = load_rank_model(config, group=group, device=device, traffic=traffic)
+    runner, layout = model.runner, model.layout
     pool = runner.kv_pool
     memory = make_memory_pools(
         num_pages=pool.num_pages,
@@ -209,12 +185,14 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         config=config,
         process=process,
         model_config=runner.model_config,
-        runner=runner,
+        runner=runner if group.size == 1 else LeadingRunner(runner, group, ranks.tell),
         kv_pool=pool,
         memory=memory,
         layout=layout,
         fingerprint=compatibility_fingerprint(
-            model_digest(directory, load_format=config.load_format), str(dtype), layout
+            model_digest(directory, load_format=config.load_format),
+            str(model.dtype),
+            replace(layout, kv_heads=model.checkpoint.num_kv_heads),
         ),
         transports=transports,
         agent=TransferAgent(
@@ -237,14 +215,33 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             on_done=process.channel.wake,
         ),
         device=device,
+        ranks=ranks,
     )
 
 
-def _set_up_torch(device: torch.device, config: WorkerConfig) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif config.threads:
-        torch.set_num_threads(config.threads)
+def _check_parallel(config: WorkerConfig, traffic: KvTraffic) -> None:
+    """Raises ConfigError for what several ranks do not do."""
+    if config.tensor_parallel_size == 1:
+        return
+    if traffic is not KvTraffic.NONE:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but only a unified worker "
+            "splits its model: prefill and decode workers hand over whole heads so far"
+        )
+    for name in ("host_cache_tokens", "retract_host_tokens"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name} keeps pages of one device in host memory; with tensor_parallel_size "
+                f"{config.tensor_parallel_size} set it to 0"
+            )
+
+
+def _devices(config: WorkerConfig, first: torch.device) -> str:
+    """Which rank takes which device, for the log."""
+    size = config.tensor_parallel_size
+    if size == 1:
+        return str(first)
+    return ", ".join(f"{rank_device(config, rank)} (rank {rank} of {size})" for rank in range(size))
 
 
 def _window_slots(config: WorkerConfig, num_pages: int) -> int:

@@ -17,8 +17,9 @@ from kvtransfer.errors import TransferError
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
-from worker.engine_parts import EngineParts, EngineProcess, KvTraffic, build_parts
+from worker.engine_parts import EngineParts, EngineProcess, build_parts
 from worker.engine_role import EngineRole
+from worker.kv_traffic import KvTraffic
 
 IDLE_WAIT_S = 0.1
 """Longest sleep of an idle engine. Work of any source wakes it at once; this only bounds how late
@@ -73,6 +74,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     run_loop(parts, role)
     parts.grammars.close()
     parts.agent.close()
+    parts.ranks.close()
     channel.close()
     return 0
 

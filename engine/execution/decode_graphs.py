@@ -170,6 +170,7 @@ def capture(
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    # Other threads may go on calling CUDA (NCCL's watchdog does, where several ranks capture).
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         output = step()
     return graph.replay, output

@@ -20,6 +20,7 @@ from engine.execution.sampler import Sampler, token_logprobs
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import BetweenLayers, Decoder, load_decoder
+from engine.parallel.group import ALONE, TensorGroup
 
 PROMPT_LOGITS_TOKENS = 1024
 """Prompt tokens whose logits exist at a time: 0.5 GiB in float32 for a vocabulary of 131,072."""
@@ -171,20 +172,29 @@ def load_model_runner(
     attention: AttentionName = "auto",
     max_context_length: int = 0,
     graphs_up_to: int = 0,
+    group: TensorGroup = ALONE,
 ) -> ModelRunner:
     """Loads the weights, then gives the KV pool what memory is left (see kv_pool_pages), then
     builds the runner; the pool is its `kv_pool`.
 
     `max_context_length` shortens the model's context (0: as it is). `graphs_up_to` captures decode
     steps up to that many requests as CUDA graphs, where attention is FlashInfer's (0: none).
+    With several ranks in `group` all of them call this together, each for its part of the model and
+    of the KV heads; they agree on the pages of the one with the least memory.
     Raises InvalidModelError, ConfigError.
     """
     if max_context_length:
         shorter = min(max_context_length, model_config.context_length)
         model_config = replace(model_config, context_length=shorter)
     decoder = load_decoder(
-        model_config, model_path=model_path, device=device, dtype=dtype, load_format=load_format
+        model_config,
+        model_path=model_path,
+        device=device,
+        dtype=dtype,
+        load_format=load_format,
+        group=group,
     )
+    model_config = decoder.config
     num_pages = kv_pool_pages(
         model_config,
         page_size=page_size,
@@ -194,6 +204,7 @@ def load_model_runner(
         mem_fraction=mem_fraction,
         reserved_bytes=reserved_bytes,
     )
+    num_pages = group.least(num_pages, device)
     kv_pool = PageMajorKVPool(
         num_pages=num_pages,
         page_size=page_size,

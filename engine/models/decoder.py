@@ -12,6 +12,8 @@ from engine.models.loading import fill_random, load_safetensors, weight_files
 from engine.models.ops import Ops, TorchOps
 from engine.models.rope import cos_sin_table
 from engine.models.weights import LayerWeights, ModelWeights
+from engine.parallel.group import ALONE, TensorGroup
+from engine.parallel.shards import Shards
 
 
 class Attention(Protocol):
@@ -37,10 +39,20 @@ class Decoder:
     Not safe for use by several threads at once.
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        ops: Ops,
+        *,
+        group: TensorGroup = ALONE,
+    ) -> None:
+        """Of several ranks in `group`, `config` and `weights` are this one's shards (the config's
+        vocabulary is the whole one's), and all of them make every call together."""
         self.config = config
         self.weights = weights
         self._ops = ops
+        self._group = group
         self._num_qk_heads = config.num_heads + config.num_kv_heads
 
     @property
@@ -77,7 +89,13 @@ class Decoder:
 
     def embed(self, input_ids: torch.Tensor) -> BetweenLayers:
         """What the first layer reads, for `input_ids` [t] int64."""
-        return BetweenLayers(None, functional.embedding(input_ids, self.weights.embedding))
+        table = self.weights.embedding
+        if self._group.size == 1:
+            return BetweenLayers(None, functional.embedding(input_ids, table))
+        rows = input_ids - self._group.rank * table.shape[0]
+        elsewhere = (rows < 0) | (rows >= table.shape[0])
+        found = functional.embedding(rows.masked_fill(elsewhere, 0), table)
+        return BetweenLayers(None, self._group.sum(found.masked_fill(elsewhere[:, None], 0)))
 
     def run_layers(
         self,
@@ -103,6 +121,7 @@ class Decoder:
             normed, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
             gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
             hidden = ops.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
+            hidden = self._group.sum(hidden)
         return BetweenLayers(hidden, residual)
 
     def hidden_states(self, state: BetweenLayers, last_tokens: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +137,8 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, vocab] float32 for hidden states [b, hidden]."""
-        return self._ops.linear(hidden, self.weights.output).float()
+        columns = self._group.gather_columns(self._ops.linear(hidden, self.weights.output))
+        return columns[:, : self.config.vocab_size].float()
 
     def _attend(
         self,
@@ -140,7 +160,7 @@ class Decoder:
                 qkv = torch.cat((normed_qk, qkv[:, self._num_qk_heads :]), dim=1)
         q = ops.rotate_and_store(qkv, config.num_heads, rotation, kv_pool, index, kv_rows)
         attended = attention.run(index, q)
-        return ops.linear(attended, layer.o, layer.o_bias)
+        return self._group.sum(ops.linear(attended, layer.o, layer.o_bias))
 
 
 def load_decoder(
@@ -150,20 +170,28 @@ def load_decoder(
     device: torch.device,
     dtype: torch.dtype,
     load_format: Literal["auto", "dummy"] = "auto",
+    group: TensorGroup = ALONE,
 ) -> Decoder:
-    """A decoder with its weights in place.
+    """A decoder with its weights in place: this rank's part of `config`'s.
 
     `dummy` draws random weights and reads none. Raises InvalidModelError for broken weights (see
-    load_safetensors).
+    load_safetensors), ConfigError where the model cannot be split among so many ranks.
     """
+    shards = Shards(model=config, rank=group.rank, size=group.size)
     if load_format == "auto":
         weight_files(model_path)  # a directory without weights fails before memory is taken
-    weights = ModelWeights.allocate(config, device=device, dtype=dtype)
-    destinations = weights.destinations(config)
+    local = shards.local
+    weights = ModelWeights.allocate(local, device=device, dtype=dtype, vocab_rows=shards.vocab_rows)
+    destinations = weights.destinations(local)
     if load_format == "dummy":
         fill_random(destinations)
     else:
-        load_safetensors(destinations, model_path)
+        for name in destinations.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            destinations[name][len(shards.vocab) :].zero_()
+            destinations[name] = destinations[name][: len(shards.vocab)]
+        load_safetensors(destinations, model_path, shards)
+    if group.rank > 0:
+        weights.drop_summed_biases()
     table = cos_sin_table(config.rope, config.head_dim, config.context_length, device)
     fused = device.type == "cuda" and dtype in FUSED_DTYPES and flashinfer_installed()
-    return Decoder(config, weights, FusedOps(table) if fused else TorchOps(table))
+    return Decoder(local, weights, FusedOps(table) if fused else TorchOps(table), group=group)

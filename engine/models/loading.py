@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import InvalidModelError
+from engine.parallel.shards import Shards
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -14,8 +15,11 @@ _DUMMY_SEED = 0
 _DUMMY_STD = 0.02
 
 
-def load_safetensors(destinations: dict[str, torch.Tensor], directory: str | Path) -> None:
-    """Copies every tensor of the checkpoint into its destination, one at a time.
+def load_safetensors(
+    destinations: dict[str, torch.Tensor], directory: str | Path, shards: Shards | None = None
+) -> None:
+    """Copies every tensor of the checkpoint into its destination, one at a time; with `shards`,
+    the rank's part of it, and only that is read.
 
     Tensors are read straight to the destination's device and converted to its dtype. Raises
     InvalidModelError, naming the file or tensor, for a directory without weights, a missing shard,
@@ -23,7 +27,7 @@ def load_safetensors(destinations: dict[str, torch.Tensor], directory: str | Pat
     """
     missing = set(destinations)
     for path in weight_files(directory):
-        missing -= _load_file(path, destinations)
+        missing -= _load_file(path, destinations, shards)
     if missing:
         names = sorted(missing)
         raise InvalidModelError(
@@ -77,7 +81,9 @@ def fill_random(destinations: dict[str, torch.Tensor]) -> None:
             tensor.add_(1.0)
 
 
-def _load_file(path: Path, destinations: dict[str, torch.Tensor]) -> set[str]:
+def _load_file(
+    path: Path, destinations: dict[str, torch.Tensor], shards: Shards | None
+) -> set[str]:
     device = next(iter(destinations.values())).device
     loaded = set()
     try:
@@ -87,7 +93,12 @@ def _load_file(path: Path, destinations: dict[str, torch.Tensor]) -> set[str]:
                 if destination is None:
                     _check_superfluous(name, path, destinations)
                     continue
-                _copy(name, path, file.get_tensor(name), destination)
+                part = None if shards is None else shards.part(name)
+                if part is None:
+                    tensor = file.get_tensor(name)
+                else:
+                    tensor = part.read(file.get_slice(name), f"{name} of {path}")
+                _copy(name, path, tensor, destination)
                 loaded.add(name)
     except (SafetensorError, OSError) as error:
         raise InvalidModelError(f"{path} cannot be read: {error}") from error

@@ -46,9 +46,14 @@ class ModelWeights:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vocab_rows: int = 0,
     ) -> "ModelWeights":
-        """Uninitialised parameters."""
+        """Uninitialised parameters; with `vocab_rows`, of so many rows of the vocabulary's."""
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -59,7 +64,8 @@ class ModelWeights:
         heads_dim = config.num_heads * config.head_dim
         qkv_dim = heads_dim + 2 * config.num_kv_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
-        embedding = empty(config.vocab_size, hidden)
+        vocab_rows = vocab_rows or config.vocab_size
+        embedding = empty(vocab_rows, hidden)
         layers = tuple(
             LayerWeights(
                 input_norm=empty(hidden),
@@ -81,8 +87,16 @@ class ModelWeights:
             embedding=embedding,
             layers=layers,
             final_norm=empty(hidden),
-            output=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+            output=embedding if config.tie_word_embeddings else empty(vocab_rows, hidden),
         )
+
+    def drop_summed_biases(self) -> None:
+        """For all ranks but one: what they compute of these projections is summed, and the bias
+        must count once."""
+        for layer in self.layers:
+            for bias in (layer.o_bias, layer.down_bias):
+                if bias is not None:
+                    bias.zero_()
 
     def destinations(self, config: ModelConfig) -> dict[str, torch.Tensor]:
         """Checkpoint tensor name → the parameter, or slice of one, that receives it."""

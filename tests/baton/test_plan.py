@@ -108,6 +108,14 @@ def test_cores_are_shared(model: str) -> None:
     assert {w.config.threads for w in plan(model, threads=5).workers} == {5}
 
 
+def test_a_worker_of_several_ranks_takes_neighbouring_gpus(model: str) -> None:
+    made = plan(model, prefill=1, decode=2, gpus=5, tensor_parallel_size=2)
+    assert [worker.config.device_index for worker in made.workers] == [0, 2, 0]
+    assert [worker.config.mem_fraction for worker in made.workers] == [0.425, 0.85, 0.425]
+    with pytest.raises(SettingsError, match="tensor_parallel_size: 4 of 2 CUDA devices"):
+        plan(model, gpus=2, tensor_parallel_size=4)
+
+
 def test_gpus_go_round_and_their_memory_is_shared(model: str) -> None:
     made = plan(model, prefill=1, decode=2, gpus=2)
     assert [worker.config.device_index for worker in made.workers] == [0, 1, 0]

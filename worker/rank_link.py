@@ -1,0 +1,66 @@
+"""Between the leading rank's process and another one: a socket pair with framed messages.
+
+End of file on either end means that the other process is gone, and a model of which a part is gone
+computes nothing: whoever notices ends at once, also when its main thread waits in a collective.
+"""
+
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from enum import IntEnum, auto
+
+_HEADER = struct.Struct("<IB")
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    START = auto()
+    """Leader: JSON of everything that the rank needs to begin."""
+    STEP = auto()
+    """Leader: a StepCommand."""
+    STOP = auto()
+    """Leader: the last frame."""
+
+
+class RankLink:
+    """One end. Any thread may send; one thread receives."""
+
+    def __init__(self, end: socket.socket, *, on_closed: Callable[[], None]) -> None:
+        """`on_closed` runs on the reader's thread when the other process is gone."""
+        self._socket = end
+        self._on_closed = on_closed
+        self._lock = threading.Lock()
+        self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="rank-link", daemon=True).start()
+
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Waits only while the other process is far behind. A frame to a dead process is dropped:
+        its death is reported once, by `on_closed`."""
+        with self._lock:
+            try:
+                self._socket.sendall(_HEADER.pack(len(payload), kind) + payload)
+            except OSError:
+                return
+
+    def receive(self) -> tuple[Kind, bytes]:
+        """The next frame; waits for it."""
+        return self._frames.get()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self) -> None:
+        stream = self._socket.makefile("rb")
+        try:
+            while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+                size, kind = _HEADER.unpack(header)
+                payload = stream.read(size)
+                if len(payload) < size:
+                    break
+                self._frames.put((Kind(kind), payload))
+        except OSError:
+            pass
+        self._on_closed()

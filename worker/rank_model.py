@@ -1,0 +1,82 @@
+"""One rank's part of the model, as the worker's configuration asks for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.errors import ConfigError
+from engine.execution.device import resolve_device, resolve_dtype
+from engine.execution.model_runner import ModelRunner, load_model_runner
+from engine.model_config import ModelConfig
+from engine.parallel.group import TensorGroup
+from engine.parallel.shards import Shards
+from kvtransfer.layout import PageLayout
+from worker.config import WorkerConfig
+from worker.kv_traffic import KvTraffic
+
+MAX_WINDOW_SLOTS = 512
+"""Slots of a landing window whose size the operator has left open, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankModel:
+    """A model, or one rank's part of it, with its KV pool."""
+
+    checkpoint: ModelConfig
+    """The whole model."""
+    runner: ModelRunner
+    layout: PageLayout
+    """Of this rank's pages."""
+    dtype: torch.dtype
+
+
+def rank_device(config: WorkerConfig, rank: int) -> torch.device:
+    """Rank after rank takes the next GPU, from `device_index` on; on a CPU they share it. Raises
+    ConfigError where there are too few."""
+    if config.tensor_parallel_size < 1:
+        raise ConfigError(
+            f"tensor_parallel_size must be at least 1, not {config.tensor_parallel_size}"
+        )
+    device = resolve_device(config.device, config.device_index)
+    if device.type == "cuda" and rank:
+        device = resolve_device("cuda", config.device_index + rank)
+    return device
+
+
+def load_rank_model(
+    config: WorkerConfig, *, group: TensorGroup, device: torch.device, traffic: KvTraffic
+) -> RankModel:
+    """Loads the weights and takes the KV pool; all ranks together. Raises EngineError, worded for
+    the operator."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif config.threads:
+        torch.set_num_threads(max(1, config.threads // group.size))
+    dtype = resolve_dtype(config.dtype, device)
+    directory = Path(config.model)
+    checkpoint = ModelConfig.from_directory(directory)
+    shards = Shards(model=checkpoint, rank=group.rank, size=group.size)
+    layout = PageLayout(
+        layers=checkpoint.num_layers,
+        page_size=config.page_size,
+        kv_heads=len(shards.kv_heads),
+        head_dim=checkpoint.head_dim,
+        itemsize=dtype.itemsize,
+    )
+    window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
+    runner = load_model_runner(
+        checkpoint,
+        model_path=str(directory),
+        device=device,
+        dtype=dtype,
+        page_size=config.page_size,
+        max_total_tokens=config.max_total_tokens,
+        mem_fraction=config.mem_fraction,
+        reserved_bytes=window_bytes if traffic is KvTraffic.RECEIVES else 0,
+        load_format=config.load_format,
+        max_context_length=config.max_context_length,
+        graphs_up_to=0 if traffic is KvTraffic.SENDS else config.cuda_graph_max_batch,
+        group=group,
+    )
+    return RankModel(checkpoint=checkpoint, runner=runner, layout=layout, dtype=dtype)
