@@ -25,7 +25,7 @@ from kvtransfer.landing import LandingTarget, land_pages
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
-from worker.engine_role import FAILURE_CODES, EngineRole, split_rid
+from worker.engine_role import FAILURE_CODES, EngineRole, split_rid, told
 
 DEFAULT_WAIT_S = 30.0
 """How long a request may wait for memory where the router names no limit."""
@@ -271,9 +271,8 @@ class DecodeRole(EngineRole):
                 if failure is not TransferFailure.NOT_NEEDED:
                     # Else the first token ended the request: prefill tells the router itself.
                     code = FAILURE_CODES.get(failure, "UNAVAILABLE")
-                    self.report_failure(
-                        rid, code, f"its KV did not arrive: {detail}", retryable=True
-                    )
+                    why = told(failure, detail)
+                    self.report_failure(rid, code, f"its KV did not arrive: {why}", retryable=True)
                 self._forget_landing(rid)
 
     def _on_landed(self, event: PagesLanded) -> None:
@@ -315,7 +314,8 @@ class DecodeRole(EngineRole):
 
     def _reject(self, rid: RequestId, problem: str) -> None:
         self.agent.reject(rid, problem)
-        self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {problem}", retryable=True)
+        why = told(TransferFailure.MISMATCH, problem)
+        self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {why}", retryable=True)
         self._forget_landing(rid)
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:

@@ -25,6 +25,7 @@ from kvtransfer.events import (
 from kvtransfer.geometry import KvGeometry, WriterPages, writer_pages
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.quarantine import Quarantine
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.states import TransferFailure
@@ -32,6 +33,7 @@ from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transfer_thread import TransferThread
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow, SlotCounts
+from kvtransfer.windows import LandingWindows, MakeMemory, QuarantinePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class TransferStats:
     dropped: Mapping[str, int]
     """Messages that were late, repeated or not allowed, by cause."""
     slots: SlotCounts
+    window_replacements: int
+    """Landing windows that took the place of one which silent writers kept."""
     held_source_pages: int
     peers: int
 
@@ -66,13 +70,17 @@ class TransferAgent:
         pool: torch.Tensor | None,
         window: LandingWindow | None,
         verify: bool = True,
-        lease_s: float = 30.0,
+        lease_s: float = 4.0,
         wake: Callable[[], None] | None = None,
         clock: Clock = time.monotonic,
+        more_windows: MakeMemory | None = None,
+        policy: QuarantinePolicy | None = None,
+        quarantine: type[Quarantine] = Quarantine,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
-        `window`: where incoming ones land (None: only sends). `wake` is called from the transfer
-        thread when events wait, so that an idle scheduler looks at them."""
+        `window`: where incoming ones land (None: only sends), `more_windows` what may replace it.
+        `wake` is called from the transfer thread when events wait, so that an idle scheduler looks
+        at them. `quarantine` is a seam: tests show what happens without one."""
         self._layout = layout
         self._window = window
         self._links = links = PeerLinks()
@@ -87,10 +95,21 @@ class TransferAgent:
             clock=clock,
             verify=verify,
         )
+        policy = policy or QuarantinePolicy()
+        self._windows: LandingWindows | None = None
+        if window is not None:
+            self._windows = LandingWindows(
+                window,
+                links=links,
+                transports=transports,
+                policy=policy,
+                make_memory=more_windows,
+            )
         self._receiver = Receiver(
             instance_id=instance_id,
             layout=layout,
-            window=window,
+            windows=self._windows,
+            quarantine=quarantine(links=links, clock=clock, lease_s=lease_s, policy=policy),
             links=links,
             emit=self._emit,
             clock=clock,
@@ -300,7 +319,8 @@ class TransferAgent:
             bytes_received=self._receiver.bytes_received,
             failures=dict(self._failures),
             dropped=dict(self.thread.links.dropped),
-            slots=self._window.counts() if self._window is not None else none,
+            slots=self._windows.counts() if self._windows is not None else none,
+            window_replacements=self._windows.replacements if self._windows is not None else 0,
             held_source_pages=len({p for pages in list(self._held.values()) for p in pages}),
             peers=len(self.thread.links.peers()),
         )

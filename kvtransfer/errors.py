@@ -24,6 +24,12 @@ class UnknownPeerError(TransferError):
     error_code = ErrorCode.UNAVAILABLE
 
 
+class SilentWriterError(TransferError):
+    """The writer has not answered for slots that it was granted before."""
+
+    error_code = ErrorCode.UNAVAILABLE
+
+
 class DuplicateTransferError(TransferError):
     """A transfer of this request id is still alive here."""
 

@@ -78,15 +78,15 @@ class FakeNetwork:
     faults: Sequence[Fault] = ()
     members: dict[str, "FakeTransport"] = field(default_factory=dict)
     started: dict[str, int] = field(default_factory=dict)
-    struck: list[Fault] = field(default_factory=list)
-    """Faults that found their delivery."""
+    struck: list[tuple[Fault, bytes]] = field(default_factory=list)
+    """Faults that found their delivery, and its message."""
 
-    def fault_for(self, sender: str) -> Fault | None:
+    def fault_for(self, sender: str, message: bytes) -> Fault | None:
         nth = self.started.get(sender, 0)
         self.started[sender] = nth + 1
         for fault in self.faults:
             if fault.sender == sender and fault.nth == nth:
-                self.struck.append(fault)
+                self.struck.append((fault, message))
                 return fault
         return None
 
@@ -117,6 +117,9 @@ class FakeTransport(Transport):
         self._events: list[TransportEvent] = []
         self._in_flight: dict[WriteId, str] = {}
         self._next_write = 1
+        self._opened: dict[int, torch.Tensor] = {}
+        self._reaches: set[tuple[str, int]] = set()
+        """(peer, first slot) of further windows that peers have told of."""
         self._polls = 0
         self._random = random.Random(f"{network.seed}/{instance_id}")
         network.members[instance_id] = self
@@ -134,6 +137,26 @@ class FakeTransport(Transport):
 
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
+
+    def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
+        self._opened[first_slot] = memory
+        return str(first_slot).encode()
+
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+        if offer.decode() != str(first_slot):
+            raise TransportError(f"no such window of {peer}")
+        self._reaches.add((peer, first_slot))
+
+    def _place(self, writer: "FakeTransport", slot: int, size: int) -> torch.Tensor:
+        """The `size` bytes from that slot on: a page that is larger than a slot reaches into the
+        slots behind it. A writer that was not told of a window cannot reach it."""
+        windows = {} if self.landing is None else {0: self.landing}
+        for first, memory in (windows | self._opened).items():
+            known = first == 0 or (self.instance_id, first) in writer._reaches
+            if known and first <= slot < first + memory.shape[0]:
+                start = (slot - first) * int(memory.shape[1])
+                return memory.view(-1)[start : start + size]
+        raise TransportError(f"{writer.instance_id} cannot reach slot {slot}")
 
     def write(
         self,
@@ -164,7 +187,7 @@ class FakeTransport(Transport):
             raise TransportError(f"peer {peer} is not connected")
         target = self._network.members[peer]
         delivery = _Delivery(self, peer, copies, part, message, write_id, target._polls + 1)
-        fault = self._network.fault_for(self.instance_id)
+        fault = self._network.fault_for(self.instance_id, message)
         if fault is not None:
             delivery.fault = fault.kind
         if delivery.fault is FaultKind.LOSE_PEER:
@@ -221,20 +244,19 @@ class FakeTransport(Transport):
 
     def _land(self, delivery: _Delivery) -> None:
         pool = delivery.origin._pool
-        if not delivery.copies or pool is None or self.landing is None:
+        if not delivery.copies or pool is None:
             return
         first, end = delivery.part or (0, int(pool.shape[1]))
-        # A page that is larger than a slot reaches into the slots behind it.
-        memory, slot_bytes = self.landing.view(-1), int(self.landing.shape[1])
         if delivery.fault in (FaultKind.TRUNCATE, FaultKind.FAIL):
             end = first + (end - first) // 2
         for page, slot in delivery.copies:
-            start = slot * slot_bytes
-            memory[start + first : start + end].copy_(pool[page, first:end])
+            place = self._place(delivery.origin, slot, int(pool.shape[1]))
+            place[first:end].copy_(pool[page, first:end])
         if delivery.fault is FaultKind.CORRUPT:
             _, slot = delivery.copies[self._random.randrange(len(delivery.copies))]
             byte = self._random.randrange(first, end)
-            memory[slot * slot_bytes + byte] ^= 1 << self._random.randrange(8)
+            place = self._place(delivery.origin, slot, int(pool.shape[1]))
+            place[byte] ^= 1 << self._random.randrange(8)
 
     def _end(self, write_id: WriteId | None, failure: str | None) -> None:
         if write_id is None or self._in_flight.pop(write_id, None) is None:

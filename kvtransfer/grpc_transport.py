@@ -112,6 +112,10 @@ class GrpcTransport(Transport):
             self._settle(write)
         self._queue = deque(w for w in self._queue if w.waiting)
 
+    def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
+        # The front maps the shared memory of all windows; slots are numbered through it.
+        return b""
+
     def write(
         self,
         peer: str,

@@ -23,9 +23,13 @@ def names(ticket: Ticket, message: kv_pb2.KvMessage) -> bool:
     )
 
 
-def written(ticket: Ticket, pages: Iterable[tuple[SourcePage, int]]) -> kv_pb2.KvMessage:
-    """Announces (page, landing slot) pairs; without any, a sign of life."""
+def written(
+    ticket: Ticket, pages: Iterable[tuple[SourcePage, int]], *, so_far: int
+) -> kv_pb2.KvMessage:
+    """Announces (page, landing slot) pairs; without any, a heartbeat. `so_far`: pages that were
+    announced by writes that have ended."""
     message = about(ticket)
+    message.written.pages_written = so_far
     message.written.SetInParent()
     for page, slot in pages:
         message.written.pages.add(
@@ -47,10 +51,13 @@ def complete(ticket: Ticket, *, pages: int, page_bytes: int, first_token: int) -
     return message
 
 
-def credit(ticket: Ticket, slots: Iterable[int]) -> kv_pb2.KvMessage:
-    """Slots that may be written (again)."""
+def credit(ticket: Ticket, slots: Iterable[int], *, total: int) -> kv_pb2.KvMessage:
+    """Slots that may be written (again); without any, a heartbeat. `total`: slots credited so far
+    beyond the ticket's own, these included."""
     message = about(ticket)
     message.credit.slots.extend(slots)
+    message.credit.total = total
+    message.credit.SetInParent()
     return message
 
 
@@ -77,3 +84,28 @@ def failed(
         )
     )
     return message
+
+
+def answer_failed(
+    message: kv_pb2.KvMessage, failure: TransferFailure, detail: str, *, quiesced: bool
+) -> kv_pb2.KvMessage:
+    """The writer's word on the grant that `message` names: it has failed."""
+    answer = kv_pb2.KvMessage(
+        ticket_id=message.ticket_id, epoch=message.epoch, request_id=message.request_id
+    )
+    answer.failed.CopyFrom(
+        kv_pb2.TransferFailed(
+            failure=failure.to_wire(), detail=detail, quiesced=quiesced, from_writer=True
+        )
+    )
+    return answer
+
+
+def window_opened(first_slot: int, offer: bytes) -> kv_pb2.KvMessage:
+    """Decode has a further landing window."""
+    return kv_pb2.KvMessage(window=kv_pb2.WindowOpened(first_slot=first_slot, offer=offer))
+
+
+def window_ready(first_slot: int) -> kv_pb2.KvMessage:
+    """This side can write the window that begins there."""
+    return kv_pb2.KvMessage(window_ready=kv_pb2.WindowReady(first_slot=first_slot))

@@ -101,14 +101,22 @@ def unavailable_reason() -> str:
 
 
 @dataclass(slots=True)
+class _Window:
+    """A landing window of a peer."""
+
+    prepared: Any
+    """Its descriptors."""
+    memory: str
+    rows: npt.NDArray[np.uint64]
+    """What they were prepared from: memory type and one row a slot."""
+
+
+@dataclass(slots=True)
 class _Peer:
     agent: str
     """The peer's agent name: fresh in each of its lives."""
-    window: Any
-    """Prepared descriptors of its landing window; None where it has none."""
-    region: tuple[str, npt.NDArray[np.uint64]] | None
-    """What they were prepared from: memory type and one row a slot."""
-    slots: int
+    windows: dict[int, _Window]
+    """First slot -> window; none where the peer only sends."""
     closing: bool = False
     """Gone, but writes to it have not ended."""
     broken: bool = False
@@ -117,6 +125,16 @@ class _Peer:
     @property
     def usable(self) -> bool:
         return not self.closing and not self.broken
+
+    def window_of(
+        self, slots: npt.NDArray[np.int64]
+    ) -> tuple[_Window, npt.NDArray[np.int32]] | None:
+        """The window that holds all of these slots, and their places there."""
+        for first, window in self.windows.items():
+            places = slots - first
+            if _within(places, len(window.rows)):
+                return window, places.astype(np.int32)
+        return None
 
 
 @dataclass(slots=True)
@@ -168,6 +186,8 @@ class NixlTransport(Transport):
             raise TransportUnavailableError(f"transport nixl does not start: {error}") from error
         self._peers: dict[str, _Peer] = {}
         self._names: dict[str, str] = {}
+        self._opened: list[torch.Tensor] = []
+        """Landing windows after the first: registered, hence alive as long as the agent."""
         self._in_flight: dict[WriteId, _InFlight] = {}
         self._events: deque[TransportEvent] = deque()
         self._next_write = 1
@@ -183,9 +203,7 @@ class NixlTransport(Transport):
     def local_offer(self) -> bytes:
         header: dict[str, object] = {"agent": self._agent_name}
         if self.landing is not None:
-            memory, rows = _region(self.landing)
-            address, size, device = (int(x) for x in rows[0])
-            header["window"] = [memory, address, size, device, len(rows)]
+            header["window"] = _claim(self.landing)
             descriptors = self._registered[-1]
         else:
             # an empty list: connection data only, so that nobody can reach the pool
@@ -209,15 +227,51 @@ class NixlTransport(Transport):
             agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
             if agent != claimed or agent in self._names:
                 raise ValueError(f"it claims to be {claimed}, its metadata says {agent}")
-            prepared = None if region is None else self._prepare(agent, *region)
+            windows = {} if region is None else {0: self._window(agent, *region)}
             self._agent.make_connection(agent)
         except self._setup_errors as error:
             if agent and agent not in self._names:
                 with contextlib.suppress(*self._errors):
                     self._agent.remove_remote_agent(agent)
             raise TransportError(f"NIXL cannot connect to peer {peer}: {error}") from error
-        self._peers[peer] = _Peer(agent, prepared, region, 0 if region is None else len(region[1]))
+        self._peers[peer] = _Peer(agent, windows)
         self._names[agent] = peer
+
+    def _window(self, agent: str, memory: str, rows: npt.NDArray[np.uint64]) -> _Window:
+        return _Window(self._prepare(agent, memory, rows), memory, rows)
+
+    def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
+        # The same agent: what would make a stray write harmless is that the old memory is given to
+        # nobody, since over cma or tcp it lands there whatever becomes of the agent.
+        try:
+            registered = self._agent.register_memory(memory)
+            metadata: bytes = self._agent.get_partial_agent_metadata(
+                registered, inc_conn_info=False, backends=["UCX"]
+            )
+        except self._setup_errors as error:
+            raise TransportError(f"NIXL does not register a landing window: {error}") from error
+        self._registered.append(registered)
+        self._opened.append(memory)
+        header = {"agent": self._agent_name, "window": _claim(memory)}
+        return json.dumps(header).encode() + b"\0" + metadata
+
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+        entry = self._peers.get(peer)
+        if entry is None or not entry.usable:
+            raise TransportError(f"NIXL is not connected to peer {peer}")
+        if first_slot in entry.windows:
+            return
+        header, _, metadata = offer.partition(b"\0")
+        try:
+            claims = json.loads(header)
+            region = self._window_region(claims["window"])
+            loaded = self._agent.add_remote_agent(metadata)
+            agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
+            if agent != entry.agent:
+                raise ValueError(f"it is of {agent}, not of {entry.agent}")
+            entry.windows[first_slot] = self._window(agent, *region)
+        except self._setup_errors as error:
+            raise TransportError(f"NIXL cannot reach a window of peer {peer}: {error}") from error
 
     def _revive(self, peer: str, agent: str) -> bool:
         """A peer that is back in the same life, while writes to it still go on, keeps its
@@ -255,8 +309,8 @@ class NixlTransport(Transport):
         self._names.pop(entry.agent, None)
         self._read_notifications()
         try:
-            if entry.window is not None:
-                entry.window.release()
+            for window in entry.windows.values():
+                window.prepared.release()
             self._agent.remove_remote_agent(entry.agent)
         except self._errors as error:
             logger.debug("removing NIXL peer %s: %s", peer, error)
@@ -270,24 +324,26 @@ class NixlTransport(Transport):
         part: tuple[int, int] | None = None,
     ) -> WriteId:
         entry = self._peers.get(peer)
-        if entry is None or not entry.usable or entry.window is None or self._source is None:
+        if entry is None or not entry.usable or not entry.windows or self._source is None:
             raise TransportError(f"NIXL has no landing window of peer {peer}")
         pages = np.array([page for page, _ in copies], dtype=np.int32)
-        slots = np.array([slot for _, slot in copies], dtype=np.int32)
+        slots = np.array([slot for _, slot in copies], dtype=np.int64)
         if self._pool is None or not _within(pages, len(self._pool)):
             raise TransportError(f"source pages outside the pool: {pages.tolist()}")
-        if not _within(slots, entry.slots):
-            raise TransportError(f"slots outside the window of peer {peer}: {slots.tolist()}")
+        found = entry.window_of(slots)
+        if found is None:
+            raise TransportError(f"slots outside the windows of peer {peer}: {slots.tolist()}")
+        window, places = found
         if part is not None and not 0 <= part[0] < part[1] <= self._pool.shape[1]:
             raise TransportError(f"bytes {part} of pages of {self._pool.shape[1]} bytes")
         self._read_notifications()
         try:
             if part is None:
                 handle = self._agent.make_prepped_xfer(
-                    "WRITE", self._source, pages, entry.window, slots, message, backends=["UCX"]
+                    "WRITE", self._source, pages, window.prepared, places, message, backends=["UCX"]
                 )
             else:
-                handle = self._part_xfer(entry, pages, slots, part, message)
+                handle = self._part_xfer(entry.agent, window, pages, places, part, message)
         except self._errors as error:
             raise TransportError(f"NIXL prepares no write to peer {peer}: {error}") from error
         write_id = WriteId(self._next_write)
@@ -305,23 +361,21 @@ class NixlTransport(Transport):
 
     def _part_xfer(
         self,
-        peer: _Peer,
+        agent: str,
+        window: _Window,
         pages: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
+        places: npt.NDArray[np.int32],
         part: tuple[int, int],
         message: bytes,
     ) -> Any:
         """Parts are not prepared: a descriptor for each layer of each page of the pool would be
         hundreds of thousands."""
-        if peer.region is None:
-            raise ValueError("the peer has no landing window")
+        memory, rows = self._source_region
         local, remote = (
-            self._agent.get_xfer_descs(_part_of(region[1][indices], part), region[0])
-            for region, indices in ((self._source_region, pages), (peer.region, slots))
+            self._agent.get_xfer_descs(_part_of(blocks, part), kind)
+            for kind, blocks in ((memory, rows[pages]), (window.memory, window.rows[places]))
         )
-        return self._agent.initialize_xfer(
-            "WRITE", local, remote, peer.agent, message, backends=["UCX"]
-        )
+        return self._agent.initialize_xfer("WRITE", local, remote, agent, message, backends=["UCX"])
 
     def send(self, peer: str, message: bytes) -> None:
         entry = self._peers.get(peer)
@@ -391,7 +445,8 @@ class NixlTransport(Transport):
     def close(self) -> None:
         self._read_notifications()
         if self._in_flight:
-            _kept_alive.append((self._agent, self._in_flight, self._pool, self.landing))
+            memory = (self._pool, self.landing, self._opened)
+            _kept_alive.append((self._agent, self._in_flight, memory))
             return
         for peer, entry in list(self._peers.items()):
             self._remove(peer, entry)
@@ -411,6 +466,13 @@ def _region(memory: torch.Tensor) -> tuple[str, npt.NDArray[np.uint64]]:
     device = memory.device.index or 0
     kind = "VRAM" if memory.device.type == "cuda" else "DRAM"
     return kind, _rows(memory.data_ptr(), memory.shape[1], device, memory.shape[0])
+
+
+def _claim(memory: torch.Tensor) -> list[object]:
+    """A landing window as its offer names it."""
+    kind, rows = _region(memory)
+    address, size, device = (int(x) for x in rows[0])
+    return [kind, address, size, device, len(rows)]
 
 
 def _rows(
@@ -433,5 +495,5 @@ def _part_of(rows: npt.NDArray[np.uint64], part: tuple[int, int]) -> npt.NDArray
     return parts
 
 
-def _within(indices: npt.NDArray[np.int32], count: int) -> bool:
+def _within(indices: npt.NDArray[np.integer[Any]], count: int) -> bool:
     return bool(indices.size) and int(indices.min()) >= 0 and int(indices.max()) < count

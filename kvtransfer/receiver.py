@@ -12,7 +12,8 @@ fails the transfer with a typed reason.
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+import torch
 
 from kvtransfer import messages
 from kvtransfer.errors import DuplicateTransferError, UnknownPeerError
@@ -24,53 +25,18 @@ from kvtransfer.events import (
     WriterFinished,
 )
 from kvtransfer.geometry import WriterPages
+from kvtransfer.incoming import Incoming
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.outgoing import beat_s
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
+from kvtransfer.states import TransferFailure, Trigger, advance
 from kvtransfer.ticket import LandedPage, Ticket
-from kvtransfer.window import LandingWindow
+from kvtransfer.windows import LandingWindows
 from protos.baton.v1 import kv_pb2
 
 MAX_TOMBSTONES = 8_192
 """Completed tickets remembered, so that a lost acknowledgement can be sent again."""
-
-
-@dataclass(slots=True)
-class _Incoming:
-    ticket: Ticket
-    pages: WriterPages
-    """What a page is, in everything below: the writer's."""
-    first_position: int
-    total_pages: int
-    chain_hashes: tuple[bytes, ...]
-    last_message: float
-    state: TransferState = TransferState.RESERVED
-    credited: set[int] = field(default_factory=set)
-    """Slots that the writer may fill."""
-    landed: dict[int, int] = field(default_factory=dict)
-    """Position -> slot, reported and not yet accepted."""
-    accepted: set[int] = field(default_factory=set)
-    first_token: int | None = None
-
-    def is_from_writer(self, peer: str, message: kv_pb2.KvMessage) -> bool:
-        return peer == self.ticket.writer_instance and messages.names(self.ticket, message)
-
-    @property
-    def slots(self) -> set[int]:
-        return self.credited | set(self.landed.values())
-
-    @property
-    def travelling_pages(self) -> int:
-        return self.total_pages - self.first_position
-
-    @property
-    def unreported_pages(self) -> int:
-        return self.travelling_pages - len(self.landed) - len(self.accepted)
-
-    @property
-    def finished(self) -> bool:
-        return self.first_token is not None and len(self.accepted) == self.travelling_pages
 
 
 class Receiver:
@@ -81,31 +47,32 @@ class Receiver:
         *,
         instance_id: str,
         layout: PageLayout,
-        window: LandingWindow | None,
+        windows: LandingWindows | None,
+        quarantine: Quarantine,
         links: PeerLinks,
         emit: Callable[[KvEvent], None],
         clock: Clock,
-        lease_s: float = 30.0,
+        lease_s: float,
         max_slots_per_ticket: int = 0,
     ) -> None:
-        """`window` None: the worker only sends. `max_slots_per_ticket` 0: a quarter of the window,
+        """`windows` None: the worker only sends. `max_slots_per_ticket` 0: a quarter of a window,
         so that one long prompt streams through a few slots and leaves room for others."""
         self._instance_id = instance_id
         self._layout = layout
-        self._window = window
+        self._windows = windows
+        self._quarantine = quarantine
         self._links = links
         self._emit = emit
         self._clock = clock
         self._lease_s = lease_s
-        slots = window.slots if window is not None else 0
+        slots = windows.current.slots if windows is not None else 0
         self._max_slots = max_slots_per_ticket or max(1, slots // 4)
         self._lock = threading.Lock()
-        self._granted: deque[_Incoming] = deque()
+        self._granted: deque[Incoming] = deque()
         self._live_ids: set[str] = set()
         self._next_ticket = 1
-        self._by_ticket: dict[int, _Incoming] = {}
-        self._acknowledged: OrderedDict[int, _Incoming] = OrderedDict()
-        self._quarantine = Quarantine(window=window, links=links, clock=clock, lease_s=lease_s)
+        self._by_ticket: dict[int, Incoming] = {}
+        self._acknowledged: OrderedDict[int, Incoming] = OrderedDict()
         self.bytes_received = 0
 
     @property
@@ -115,10 +82,10 @@ class Receiver:
 
     def unfit(self, pages: WriterPages) -> str:
         """Why a peer that writes such pages cannot be served; empty where it can."""
-        if self._window is not None and pages.slots > self._window.slots:
+        if self._windows is not None and pages.slots > self._windows.current.slots:
             return (
                 f"a page of its {pages.page_size} tokens takes {pages.slots} landing slots, and "
-                f"there are {self._window.slots} (--landing-slots)"
+                f"there are {self._windows.current.slots} (--landing-slots)"
             )
         return ""
 
@@ -143,8 +110,10 @@ class Receiver:
         UnknownPeerError (writer not connected), DuplicateTransferError, ValueError.
         """
         transport = self._links.require(writer)
-        if self._window is None:
+        if self._windows is None:
             raise UnknownPeerError("this worker has no landing window: it does not receive KV")
+        self._quarantine.check_writer(writer)
+        window = self._windows.for_writer(writer)
         pages = self._links.pages_of(writer)
         first = self._first_position(pages, total_pages, total_tokens, prefix_len, chain_hashes)
         most = max(1, self._max_slots // pages.slots)
@@ -152,9 +121,7 @@ class Receiver:
             if request_id in self._live_ids:
                 raise DuplicateTransferError(f"request {request_id} is being received already")
             ticket_id = self._next_ticket
-            slots, epoch = self._window.grant(
-                min(total_pages - first, most), ticket_id, run=pages.slots
-            )
+            slots, epoch = window.grant(min(total_pages - first, most), ticket_id, run=pages.slots)
             self._next_ticket += 1
             self._live_ids.add(request_id)
         ticket = Ticket(
@@ -170,14 +137,17 @@ class Receiver:
             token_hash=token_hash,
             transport=transport.name,
         )
+        now = self._clock()
         self._granted.append(
-            _Incoming(
+            Incoming(
                 ticket,
+                window,
                 pages,
                 first,
                 total_pages,
                 tuple(chain_hashes),
-                self._clock(),
+                last_message=now,
+                last_sent=now,
                 credited=set(slots),
             )
         )
@@ -208,7 +178,7 @@ class Receiver:
         again. Ignored for a transfer that ended meanwhile."""
         self._adopt()
         entry = self._by_ticket.get(ticket_id)
-        if entry is None or self._window is None:
+        if entry is None:
             return
         freed: set[int] = set()
         for position in positions:
@@ -271,9 +241,18 @@ class Receiver:
         else:
             self._links.dropped["unknown_ticket"] += 1
 
-    def _on_written(self, entry: _Incoming, written: kv_pb2.PagesWritten) -> None:
+    def _is_short(self, entry: Incoming, pages: int) -> bool:
+        """Fails a transfer whose writer has counted more pages than were announced for as long as a
+        heartbeat: writes end with their announcement in place, so one of them got lost."""
+        if entry.lacks(pages, self._clock(), beat_s(self._lease_s) / 2):
+            self._fail(entry, TransferFailure.TRANSPORT, "an announcement of pages got lost")
+            return True
+        return False
+
+    def _on_written(self, entry: Incoming, written: kv_pb2.PagesWritten) -> None:
         if not written.pages:
-            return  # sign of life
+            self._is_short(entry, written.pages_written)
+            return
         fresh: list[LandedPage] = []
         for page in written.pages:
             if page.position in entry.landed or page.position in entry.accepted:
@@ -287,7 +266,7 @@ class Receiver:
             entry.landed[page.position] = page.slot
             fresh.append(
                 LandedPage(
-                    slot=page.slot,
+                    slot=page.slot - entry.window.first_slot,
                     position=page.position,
                     valid_tokens=page.valid_tokens,
                     seal=page.seal,
@@ -295,21 +274,25 @@ class Receiver:
                 )
             )
         state = advance(entry.state, Trigger.PAGES)
-        if fresh and state is not None and self._window is not None:
+        if fresh and state is not None:
             entry.state = state
-            transport = self._links.get(entry.ticket.writer_instance)
-            landing = transport.landing if transport is not None else None
-            memory = landing if landing is not None else self._window.memory
             self._emit(
                 PagesLanded(
                     request_id=entry.ticket.request_id,
                     ticket_id=entry.ticket.ticket_id,
-                    window=memory,
+                    window=self._memory(entry),
                     pages=tuple(fresh),
                 )
             )
 
-    def _page_problem(self, entry: _Incoming, page: kv_pb2.LandedPage) -> str | None:
+    def _memory(self, entry: Incoming) -> torch.Tensor:
+        transport = self._links.get(entry.ticket.writer_instance)
+        landing = transport.landing if transport is not None else None
+        if landing is None or entry.window.first_slot:
+            return entry.window.memory
+        return landing
+
+    def _page_problem(self, entry: Incoming, page: kv_pb2.LandedPage) -> str | None:
         position = page.position
         if not entry.first_position <= position < entry.total_pages:
             return f"page at position {position} was not asked for"
@@ -322,13 +305,15 @@ class Receiver:
             return f"page at position {position} belongs to other tokens"
         return None
 
-    def _on_complete(self, entry: _Incoming, complete: kv_pb2.TransferComplete) -> None:
+    def _on_complete(self, entry: Incoming, complete: kv_pb2.TransferComplete) -> None:
         if complete.total_pages != entry.travelling_pages:
             self._fail(
                 entry,
                 TransferFailure.MISMATCH,
                 f"{complete.total_pages} pages were sent, {entry.travelling_pages} were asked for",
             )
+        elif self._is_short(entry, complete.total_pages):
+            return
         elif entry.first_token is None:
             entry.first_token = complete.first_token
             self._emit(
@@ -342,9 +327,19 @@ class Receiver:
         elif entry.first_token != complete.first_token:
             self._fail(entry, TransferFailure.MISMATCH, "two different first tokens were reported")
 
-    def _on_writer_failed(self, entry: _Incoming, failed: kv_pb2.TransferFailed) -> None:
+    def _on_writer_failed(self, entry: Incoming, failed: kv_pb2.TransferFailed) -> None:
         failure = TransferFailure.from_wire(failed.failure)
         self._fail(entry, failure, failed.detail, quiesced=failed.quiesced)
+
+    def on_attached(self, peer: str) -> None:
+        """The writer is reachable, again or for the first time."""
+        self._quarantine.ask(peer)
+        if self._windows is not None:
+            self._windows.announce(peer)
+
+    def on_window_ready(self, peer: str, ready: kv_pb2.WindowReady) -> None:
+        if self._windows is not None:
+            self._windows.on_ready(peer, ready.first_slot)
 
     def on_peer_gone(self, peer: str, reason: str, *, writes_ended: bool) -> None:
         """The writer is unreachable. `writes_ended`: nothing of it can land any more, because its
@@ -354,9 +349,11 @@ class Receiver:
             self._fail(entry, TransferFailure.TRANSPORT, reason, quiesced=writes_ended)
         if writes_ended:
             self._quarantine.lift_all(peer)
+        if self._windows is not None:
+            self._windows.forget(peer)
 
     def tick(self) -> None:
-        """Ends tickets without a sign of life; call it a few times a lease."""
+        """Heartbeats, and the end of tickets that have none; call it several times a lease."""
         self._adopt()
         now = self._clock()
         for entry in list(self._by_ticket.values()):
@@ -366,7 +363,11 @@ class Receiver:
             elif now - entry.last_message > entry.ticket.lease_s:
                 detail = f"nothing from prefill for {entry.ticket.lease_s:g} s"
                 self._fail(entry, TransferFailure.EXPIRED, detail)
+            elif now - entry.last_sent >= beat_s(entry.ticket.lease_s):
+                self._credit(entry, ())
         self._quarantine.ask_again()
+        if self._windows is not None:
+            self._windows.check(self._quarantine.silent_slots())
 
     # ---- the machine ----------------------------------------------------------------------------
 
@@ -376,31 +377,34 @@ class Receiver:
             entry = self._granted.popleft()
             self._by_ticket[entry.ticket.ticket_id] = entry
 
-    def _recycle(self, entry: _Incoming, freed: set[int]) -> None:
+    def _recycle(self, entry: Incoming, freed: set[int]) -> None:
         """Credits freed slots, and more where the window has room, while pages are to come."""
-        if self._window is None:
-            return
         ticket_id = entry.ticket.ticket_id
         run = entry.pages.slots
         most = max(1, self._max_slots // run)
         need = max(0, min(most, entry.unreported_pages) - len(entry.credited))
         again = set(sorted(freed)[:need])
-        self._window.release(freed - again, ticket_id)
-        fresh = set(self._window.top_up(need - len(again), ticket_id, run=run)) | again
+        entry.window.release(freed - again, ticket_id)
+        fresh = set(entry.window.top_up(need - len(again), ticket_id, run=run)) | again
         if fresh:
             entry.credited |= fresh
-            message = messages.credit(entry.ticket, sorted(fresh))
-            self._links.send(entry.ticket.writer_instance, message)
+            entry.credit_total += len(fresh)
+            self._credit(entry, sorted(fresh))
 
-    def _finish(self, entry: _Incoming) -> None:
+    def _credit(self, entry: Incoming, slots: Sequence[int]) -> None:
+        entry.last_sent = self._clock()
+        message = messages.credit(entry.ticket, slots, total=entry.credit_total)
+        self._links.send(entry.ticket.writer_instance, message)
+
+    def _finish(self, entry: Incoming) -> None:
         if not entry.finished:
             return
         state = advance(entry.state, Trigger.ALL_ACCEPTED)
-        if state is None or self._window is None:
+        if state is None:
             return
         entry.state = state
         # Complete says that nothing is written any more: unused credits return at once
-        self._window.release(entry.slots, entry.ticket.ticket_id)
+        entry.window.release(entry.slots, entry.ticket.ticket_id)
         entry.credited.clear()
         transport = self._links.get(entry.ticket.writer_instance)
         name = transport.name if transport is not None else entry.ticket.transport
@@ -419,13 +423,13 @@ class Receiver:
             )
         )
 
-    def _acknowledge(self, entry: _Incoming) -> None:
+    def _acknowledge(self, entry: Incoming) -> None:
         message = messages.acknowledgement(entry.ticket, entry.travelling_pages)
         self._links.send(entry.ticket.writer_instance, message)
 
     def _fail(
         self,
-        entry: _Incoming,
+        entry: Incoming,
         failure: TransferFailure,
         detail: str,
         *,
@@ -433,14 +437,14 @@ class Receiver:
         emit: bool = True,
     ) -> None:
         state = advance(entry.state, Trigger.FAILURE)
-        if state is None or self._window is None:
+        if state is None:
             return
         entry.state = state
         self._forget(entry)
         if quiesced:
-            self._window.release(entry.slots, entry.ticket.ticket_id)
+            entry.window.release(entry.slots, entry.ticket.ticket_id)
         else:
-            self._quarantine.hold(entry.ticket, entry.slots, failure, detail)
+            self._quarantine.hold(entry.ticket, entry.window, entry.slots, failure, detail)
         if emit:
             self._emit(
                 TransferFailedEvent(
@@ -452,7 +456,7 @@ class Receiver:
                 )
             )
 
-    def _forget(self, entry: _Incoming) -> None:
+    def _forget(self, entry: Incoming) -> None:
         self._by_ticket.pop(entry.ticket.ticket_id, None)
         with self._lock:
             self._live_ids.discard(entry.ticket.request_id)

@@ -6,9 +6,8 @@ thread (on CUDA, on its own stream): as late as possible, so that a page that wa
 while it waited for credit is caught, and without making the scheduler wait for a result.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -19,6 +18,7 @@ from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.outgoing import CreditNews, Early, Outgoing, TicketKey, Tombstones, beat_s
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import WriteId
@@ -26,58 +26,6 @@ from protos.baton.v1 import kv_pb2
 
 MAX_WRITE_PAGES = 32
 """Pages a write: several writes of a prompt let decode verify the first while the last travel."""
-
-MAX_TOMBSTONES = 65_536
-"""Ended tickets remembered, so that one that was withdrawn early cannot be opened late."""
-
-RENEWALS_PER_LEASE = 3
-
-
-@dataclass(slots=True)
-class _Early:
-    """A page whose first layers left before the others were computed."""
-
-    page: int
-    slot: int
-    layers: int = 0
-    """Leading layers that were written, or are being."""
-    writes: int = 0
-    """Of them, writes that have not ended. Until they have, the page is not announced: writes may
-    land in any order."""
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    ticket: Ticket
-    last_progress: float
-    last_sent: float
-    state: TransferState = TransferState.RESERVED
-    credits: deque[int] = field(default_factory=deque)
-    pending: deque[SourcePage] = field(default_factory=deque)
-    early: dict[int, _Early] = field(default_factory=dict)
-    """By position."""
-    writes: set[tuple[str, WriteId]] = field(default_factory=set)
-    pages: int = 0
-    first_token: int | None = None
-    complete_sent: bool = False
-    failure: TransferFailure = TransferFailure.TRANSPORT
-    detail: str = ""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.ticket.instance_id, self.ticket.ticket_id
-
-    @property
-    def waiting_for(self) -> str:
-        """What must come from outside before anything moves; empty: the next move is prefill's.
-
-        A write to a stopped peer stays in progress for ever, hence it counts.
-        """
-        if self.writes:
-            return "end of a write"
-        if self.complete_sent:
-            return "acknowledgement"
-        return "credit" if self.pending else ""
 
 
 class Sender:
@@ -103,11 +51,13 @@ class Sender:
         self._emit = emit
         self._clock = clock
         self._verify = verify
-        self._by_request: dict[str, _Outgoing] = {}
-        self._by_key: dict[tuple[str, int], _Outgoing] = {}
-        self._writes: dict[tuple[str, WriteId], tuple[_Outgoing, int]] = {}
-        self._early_writes: dict[tuple[str, WriteId], list[_Early]] = {}
-        self._tombstones: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._by_request: dict[str, Outgoing] = {}
+        self._by_key: dict[TicketKey, Outgoing] = {}
+        self._writes: dict[tuple[str, WriteId], tuple[Outgoing, int]] = {}
+        self._early_writes: dict[tuple[str, WriteId], list[Early]] = {}
+        self._tombstones = Tombstones()
+        self._peer_written: dict[str, float] = {}
+        """Peer -> when a write to it last ended."""
         self.bytes_sent = 0
         self.early_layers_sent = 0
         """Layers of pages that left before their page was whole."""
@@ -124,20 +74,20 @@ class Sender:
         it tells decode that the ticket is held, which renews the lease.
         """
         now = self._clock()
-        out = _Outgoing(ticket, now, now, credits=deque(ticket.slots))
+        out = Outgoing(ticket, now, now, now, credits=deque(ticket.slots))
         problem = self._refusal(out)
         if problem is None:
             self._by_request[ticket.request_id] = out
             self._by_key[out.key] = out
-            self._send(out, messages.written(out.ticket, ()))
+            self._beat(out)
             return
         out.failure, out.detail = problem
         mine = ticket.writer_instance == self._instance_id and out.key not in self._by_key
         if mine:
-            self._bury(out.key)
+            self._tombstones.bury(out.key, problem)
         self._tell_failed(out, quiesced=True, decode_too=mine)
 
-    def _refusal(self, out: _Outgoing) -> tuple[TransferFailure, str] | None:
+    def _refusal(self, out: Outgoing) -> tuple[TransferFailure, str] | None:
         ticket = out.ticket
         if self._pool is None:
             return TransferFailure.REFUSED, "this worker has no source pages to send"
@@ -169,7 +119,6 @@ class Sender:
         if out is None:
             return
         out.pending.extend(pages)
-        out.last_progress = self._clock()
         self._pump(out)
 
     def push_layers(self, request_id: str, pages: Iterable[tuple[int, int]], layers: range) -> None:
@@ -192,9 +141,11 @@ class Sender:
         for start in range(0, len(chosen), MAX_WRITE_PAGES):
             some = chosen[start : start + MAX_WRITE_PAGES]
             copies = [(early.page, early.slot) for early in some]
-            message = messages.written(out.ticket, ()).SerializeToString()
+            message = messages.written(out.ticket, (), so_far=out.pages_written)
             try:
-                write = transport.write(out.ticket.instance_id, copies, message, part=part)
+                write = transport.write(
+                    out.ticket.instance_id, copies, message.SerializeToString(), part=part
+                )
             except TransportError as error:
                 self._fail(out, TransferFailure.TRANSPORT, error.message)
                 return
@@ -204,16 +155,16 @@ class Sender:
             self.early_layers_sent += len(some) * len(layers)
             key = (transport.name, write)
             out.writes.add(key)
-            out.last_sent = out.last_progress = self._clock()
+            out.last_sent = out.last_written = self._clock()
             self._writes[key] = (out, 0)
             self._early_writes[key] = some
 
     def _early_page(
-        self, out: _Outgoing, position: int, page: int, first_layer: int
-    ) -> _Early | None:
+        self, out: Outgoing, position: int, page: int, first_layer: int
+    ) -> Early | None:
         early = out.early.get(position)
         if early is None and first_layer == 0 and out.credits:
-            early = out.early[position] = _Early(page, out.credits.popleft())
+            early = out.early[position] = Early(page, out.credits.popleft())
         if early is None or (early.page, early.layers) != (page, first_layer):
             return None
         return early
@@ -224,7 +175,6 @@ class Sender:
         if out is None:
             return
         out.first_token = first_token
-        out.last_progress = self._clock()
         self._pump(out)
 
     def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
@@ -233,7 +183,7 @@ class Sender:
         if out is not None:
             self._fail(out, failure, detail)
 
-    def _live(self, request_id: str) -> _Outgoing | None:
+    def _live(self, request_id: str) -> Outgoing | None:
         out = self._by_request.get(request_id)
         return out if out is not None and out.state != TransferState.FAILED else None
 
@@ -250,22 +200,35 @@ class Sender:
         if kind == "failed":
             self._on_withdrawn(key, out, message)
         elif out is None or out.state == TransferState.FAILED:
+            self._on_ended(key, out, message)
+        else:
+            out.last_heard = self._clock()
+            if kind == "credit":
+                self._on_credit(out, message.credit)
+            elif kind == "ack":
+                self._on_ack(out, message.ack)
+
+    def _on_ended(self, key: TicketKey, out: Outgoing | None, message: kv_pb2.KvMessage) -> None:
+        """Decode speaks of a ticket that has failed here: it has not heard of that. Of one that is
+        still on its way through the router there is nothing to say."""
+        failure = self._tombstones.failure(key) if out is None else (out.failure, out.detail)
+        if failure is not None:
+            self._links.dropped["failed_ticket"] += 1
+            answer = messages.answer_failed(message, *failure, quiesced=out is None)
+            self._links.send(key[0], answer)
+        elif key in self._tombstones or message.credit.slots:
             self._links.dropped["unknown_ticket"] += 1
-        elif kind == "credit":
-            self._on_credit(out, message.credit.slots)
-        elif kind == "ack":
-            self._on_ack(out, message.ack)
 
-    def _on_credit(self, out: _Outgoing, slots: Iterable[int]) -> None:
-        for slot in slots:
-            if slot in out.credits:
+    def _on_credit(self, out: Outgoing, credit: kv_pb2.Credit) -> None:
+        match out.take_credit(credit):
+            case CreditNews.REPEATED:
                 self._links.dropped["duplicate_credit"] += 1
-            else:
-                out.credits.append(slot)
-        out.last_progress = self._clock()
-        self._pump(out)
+            case CreditNews.LOST_BEFORE:
+                self._fail(out, TransferFailure.TRANSPORT, "a credit of decode got lost")
+            case CreditNews.TAKEN:
+                self._pump(out)
 
-    def _on_ack(self, out: _Outgoing, ack: kv_pb2.TransferAck) -> None:
+    def _on_ack(self, out: Outgoing, ack: kv_pb2.TransferAck) -> None:
         if not out.complete_sent or ack.pages != out.pages:
             # an acknowledgement for pages that never left proves nothing about those that did
             self._links.dropped["early_ack"] += 1
@@ -285,17 +248,14 @@ class Sender:
         )
 
     def _on_withdrawn(
-        self, key: tuple[str, int], out: _Outgoing | None, message: kv_pb2.KvMessage
+        self, key: tuple[str, int], out: Outgoing | None, message: kv_pb2.KvMessage
     ) -> None:
         if out is None:
             # not open, or ended: nothing of it is being written, and it may never be opened again
-            self._bury(key)
-            answer = kv_pb2.KvMessage(
-                ticket_id=message.ticket_id, epoch=message.epoch, request_id=message.request_id
-            )
-            answer.failed.CopyFrom(message.failed)
-            answer.failed.quiesced = True
-            answer.failed.from_writer = True
+            if key not in self._tombstones:
+                self._tombstones.bury(key)
+            failure = TransferFailure.from_wire(message.failed.failure)
+            answer = messages.answer_failed(message, failure, message.failed.detail, quiesced=True)
             self._links.send(key[0], answer)
         elif out.state != TransferState.FAILED:
             failure = TransferFailure.from_wire(message.failed.failure)
@@ -308,7 +268,6 @@ class Sender:
         if out.state == TransferState.FAILED:
             self._settle_failed(out)
         else:
-            out.last_progress = self._clock()
             self._pump(out)
 
     def on_write_failed(self, transport: str, write_id: WriteId, reason: str) -> None:
@@ -320,21 +279,24 @@ class Sender:
         else:
             self._fail(out, TransferFailure.TRANSPORT, reason)
 
-    def _end_write(self, transport: str, write_id: WriteId, *, done: bool) -> _Outgoing | None:
+    def _end_write(self, transport: str, write_id: WriteId, *, done: bool) -> Outgoing | None:
         entry = self._writes.pop((transport, write_id), None)
         if entry is None:
             return None
         out, pages = entry
         out.writes.discard((transport, write_id))
+        out.last_written = self._peer_written[out.ticket.instance_id] = self._clock()
         for early in self._early_writes.pop((transport, write_id), ()):
             early.writes -= 1
         if done:
+            out.pages_written += pages
             self.bytes_sent += pages * self._layout.page_bytes
         return out
 
     def on_peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:
         """The peer is unreachable. With `proven_dead` its process has exited, so that whatever a
         write still reads goes nowhere and the source pages are free at once."""
+        self._peer_written.pop(peer, None)
         for out in [o for o in self._by_request.values() if o.ticket.instance_id == peer]:
             if out.state != TransferState.FAILED:
                 self._fail(out, TransferFailure.TRANSPORT, reason)
@@ -346,24 +308,26 @@ class Sender:
                 self._settle_failed(out)
 
     def tick(self) -> None:
-        """Renews leases and gives up what made no progress; call it a few times a lease."""
+        """Heartbeats, and the end of what has none; call it several times a lease."""
         now = self._clock()
         for out in list(self._by_request.values()):
             if out.state == TransferState.FAILED:
                 continue
-            lease_s = out.ticket.lease_s
-            awaited = out.waiting_for
-            if awaited and now - out.last_progress > lease_s:
-                self._fail(out, TransferFailure.EXPIRED, f"no {awaited} for {lease_s:g} s")
-            elif now - out.last_sent > lease_s / RENEWALS_PER_LEASE:
-                if out.complete_sent:
-                    self._send_complete(out)
-                else:
-                    self._send(out, messages.written(out.ticket, ()))
+            silence = out.silence(now, self._peer_written.get(out.ticket.instance_id, 0.0))
+            if silence:
+                self._fail(out, TransferFailure.EXPIRED, silence)
+            elif now - out.last_sent >= beat_s(out.ticket.lease_s):
+                self._beat(out)
+
+    def _beat(self, out: Outgoing) -> None:
+        if out.complete_sent:
+            self._send_complete(out)
+        else:
+            self._send(out, messages.written(out.ticket, (), so_far=out.pages_written))
 
     # ---- the machine ----------------------------------------------------------------------------
 
-    def _pump(self, out: _Outgoing) -> None:
+    def _pump(self, out: Outgoing) -> None:
         while out.state != TransferState.FAILED and (pages := self._next_pages(out)):
             if self._sealed(out, pages):
                 self._write(out, pages)
@@ -372,7 +336,7 @@ class Sender:
             out.complete_sent = True
             self._send_complete(out)
 
-    def _next_pages(self, out: _Outgoing) -> list[SourcePage]:
+    def _next_pages(self, out: Outgoing) -> list[SourcePage]:
         """What one write takes: pages whose first layers have landed go first, as they need no
         credit and would keep their slots from all others; then whole ones."""
         early: list[SourcePage] = []
@@ -389,7 +353,7 @@ class Sender:
         whole = (page for page in out.pending if page.position not in out.early)
         return list(islice(whole, min(len(out.credits), MAX_WRITE_PAGES)))
 
-    def _sealed(self, out: _Outgoing, pages: list[SourcePage]) -> bool:
+    def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""
         if not self._verify or self._pool is None:
             return True
@@ -403,13 +367,15 @@ class Sender:
                 return False
         return True
 
-    def _write(self, out: _Outgoing, pages: list[SourcePage]) -> None:
+    def _write(self, out: Outgoing, pages: list[SourcePage]) -> None:
         begun = [out.early[page.position] for page in pages if page.position in out.early]
         slots = [early.slot for early in begun] or list(islice(out.credits, len(pages)))
         part = None
         if begun and begun[0].layers:
             part = (begun[0].layers * 2 * self._layout.row_bytes, self._layout.page_bytes)
-        message = messages.written(out.ticket, zip(pages, slots, strict=True))
+        message = messages.written(
+            out.ticket, zip(pages, slots, strict=True), so_far=out.pages_written
+        )
         transport = self._links.get(out.ticket.instance_id)
         if transport is None:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
@@ -429,10 +395,10 @@ class Sender:
         out.state = advance(out.state, Trigger.PAGES) or out.state
         out.pages += len(pages)
         out.writes.add((transport.name, write))
-        out.last_sent = out.last_progress = self._clock()
+        out.last_sent = out.last_written = self._clock()
         self._writes[(transport.name, write)] = (out, len(pages))
 
-    def _fail(self, out: _Outgoing, failure: TransferFailure, detail: str) -> None:
+    def _fail(self, out: Outgoing, failure: TransferFailure, detail: str) -> None:
         state = advance(out.state, Trigger.FAILURE)
         if state is None:
             return
@@ -445,13 +411,13 @@ class Sender:
         else:
             self._settle_failed(out)
 
-    def _settle_failed(self, out: _Outgoing) -> None:
+    def _settle_failed(self, out: Outgoing) -> None:
         """Reports the end of a failed transfer once no write of it is left."""
         if not out.writes:
             self._forget(out)
             self._tell_failed(out, quiesced=True)
 
-    def _tell_failed(self, out: _Outgoing, *, quiesced: bool, decode_too: bool = True) -> None:
+    def _tell_failed(self, out: Outgoing, *, quiesced: bool, decode_too: bool = True) -> None:
         if decode_too:
             message = messages.failed(
                 out.ticket, out.failure, out.detail, quiesced=quiesced, from_writer=True
@@ -467,7 +433,7 @@ class Sender:
             )
         )
 
-    def _send_complete(self, out: _Outgoing) -> None:
+    def _send_complete(self, out: Outgoing) -> None:
         message = messages.complete(
             out.ticket,
             pages=out.pages,
@@ -476,21 +442,17 @@ class Sender:
         )
         self._send(out, message)
 
-    def _send(self, out: _Outgoing, message: kv_pb2.KvMessage) -> None:
+    def _send(self, out: Outgoing, message: kv_pb2.KvMessage) -> None:
         out.last_sent = self._clock()
         self._links.send(out.ticket.instance_id, message)
 
-    def _transport_name(self, out: _Outgoing) -> str:
+    def _transport_name(self, out: Outgoing) -> str:
         transport = self._links.get(out.ticket.instance_id)
         return transport.name if transport is not None else out.ticket.transport
 
-    def _forget(self, out: _Outgoing) -> None:
+    def _forget(self, out: Outgoing) -> None:
         self._by_request.pop(out.ticket.request_id, None)
         if self._by_key.get(out.key) is out:
             del self._by_key[out.key]
-            self._bury(out.key)
-
-    def _bury(self, key: tuple[str, int]) -> None:
-        self._tombstones[key] = None
-        while len(self._tombstones) > MAX_TOMBSTONES:
-            self._tombstones.popitem(last=False)
+            failed = out.state == TransferState.FAILED
+            self._tombstones.bury(out.key, (out.failure, out.detail) if failed else None)

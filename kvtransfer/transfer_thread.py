@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from kvtransfer import messages
 from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
 from kvtransfer.geometry import WriterPages
@@ -162,12 +163,27 @@ class TransferThread:
             self.links.dropped["malformed"] += 1
             return
         kind = message.WhichOneof("kind")
-        if kind in ("written", "complete") or (kind == "failed" and message.failed.from_writer):
+        if kind == "window":
+            self._connect_window(peer, message.window)
+        elif kind == "window_ready":
+            self.receiver.on_window_ready(peer, message.window_ready)
+        elif kind in ("written", "complete") or (kind == "failed" and message.failed.from_writer):
             self.receiver.on_message(peer, message)
         elif kind in ("credit", "ack", "failed"):
             self.sender.on_message(peer, message)
         else:
             self.links.dropped["malformed"] += 1
+
+    def _connect_window(self, peer: str, window: kv_pb2.WindowOpened) -> None:
+        transport = self.links.get(peer)
+        if transport is None:
+            return
+        try:
+            transport.connect_landing(peer, window.first_slot, window.offer)
+        except TransportError as error:
+            logger.error("the new landing window of %s cannot be written: %s", peer, error.message)
+            return
+        self.links.send(peer, messages.window_ready(window.first_slot))
 
     def attach(self, peer: str, name: str, offer: bytes, pages: WriterPages | None = None) -> None:
         """`pages`: what the peer writes; None where it writes nothing here."""
@@ -188,6 +204,7 @@ class TransferThread:
             self._emit(PeerAttached(peer=peer, ok=False, reason=error.message))
             return
         self.links.attach(peer, transport, pages)
+        self.receiver.on_attached(peer)
         self._emit(PeerAttached(peer=peer, ok=True, reason=""))
 
     def detach(self, peer: str, reason: str, *, proven_dead: bool) -> None:

@@ -12,6 +12,8 @@ from typing import ClassVar, NewType
 
 import torch
 
+from kvtransfer.errors import TransportError
+
 WriteId = NewType("WriteId", int)
 """Unique within one transport's life."""
 
@@ -68,7 +70,7 @@ class Transport(ABC):
 
     landing: torch.Tensor | None = None
     """Memory that peers' writes land in, [slots, page_bytes] uint8; None on a side that exposes
-    none."""
+    none. Further windows (`open_landing`) are not part of it."""
 
     @abstractmethod
     def bind(self, wake: Callable[[], None]) -> None:
@@ -113,6 +115,17 @@ class Transport(ABC):
     def send(self, peer: str, message: bytes) -> None:
         """Delivers a message without bytes. Raises TransportError where the peer is unreachable
         at once; a later loss appears as PeerLost."""
+
+    def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
+        """Exposes further memory, [slots, page_bytes] uint8, as slots `first_slot ..`: what peers
+        need for `connect_landing`; empty where they need nothing. What was exposed before stays,
+        and so may writes to it. Raises TransportError where that cannot be."""
+        raise TransportError(f"transport {self.name} has one landing window for life")
+
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+        """The peer has opened a further window: its slots may be written from now on, beside those
+        known before. May be repeated. Raises TransportError where the offer does not fit."""
+        raise TransportError(f"transport {self.name} has one landing window for life")
 
     @abstractmethod
     def poll(self) -> list[TransportEvent]:

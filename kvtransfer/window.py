@@ -28,11 +28,12 @@ class SlotCounts:
 class LandingWindow:
     """Accounting of the slots. Thread-safe; its lock is never held over I/O."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        """`memory`: [slots, page_bytes] uint8."""
+    def __init__(self, memory: torch.Tensor, *, first_slot: int = 0) -> None:
+        """`memory`: [slots, page_bytes] uint8; its slots are numbered from `first_slot` on."""
         self.memory = memory
+        self.first_slot = first_slot
         self._lock = threading.Lock()
-        self._free = set(range(memory.shape[0]))
+        self._free = set(range(first_slot, first_slot + memory.shape[0]))
         self._granted: dict[int, int] = {}
         self._quarantined: dict[int, int] = {}
         self._runs: dict[int, int] = {}
@@ -75,7 +76,8 @@ class LandingWindow:
             firsts = sorted(self._free)[: max(0, count)]
         else:
             # At multiples of their length, so that runs of one length leave no gaps between them.
-            aligned = range(0, self.slots - run + 1, run)
+            end = self.first_slot + self.slots
+            aligned = range(self.first_slot, end - run + 1, run)
             free = (first for first in aligned if self._free.issuperset(range(first, first + run)))
             firsts = list(islice(free, max(0, count)))
             self._runs.update(dict.fromkeys(firsts, run))

@@ -21,7 +21,7 @@ from kvtransfer.ticket import Ticket
 from prefill_service.seals import SealStore, StaleSourceError
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
-from worker.engine_role import FAILURE_CODES, EngineRole, make_rid
+from worker.engine_role import FAILURE_CODES, EngineRole, make_rid, told
 
 
 @dataclass(slots=True)
@@ -212,7 +212,8 @@ class PrefillRole(EngineRole):
             self._push(req, handover.ticket, fresh)
         except StaleSourceError as error:
             self._give_up(req.rid, handover, TransferFailure.MISMATCH, str(error))
-            self.report_failure(req.rid, "DATA_LOSS", str(error), retryable=True)
+            detail = told(TransferFailure.MISMATCH, str(error))
+            self.report_failure(req.rid, "DATA_LOSS", detail, retryable=True)
             return
         if prompt_done and token is not None:
             self.agent.complete(req.rid, token)
@@ -280,7 +281,8 @@ class PrefillRole(EngineRole):
         if not handover.given_up:
             handover.given_up = True
             code = FAILURE_CODES.get(event.failure, "UNAVAILABLE")
-            detail = f"handing its KV to {handover.decode_instance} failed: {event.detail}"
+            why = told(event.failure, event.detail)
+            detail = f"handing its KV to {handover.decode_instance} failed: {why}"
             self.report_failure(rid, code, detail, retryable=True)
             self.scheduler.abort_request(rid)
         if event.quiesced:

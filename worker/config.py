@@ -135,8 +135,10 @@ class WorkerConfig:
     """Longest a request waits for its grammar (a JSON schema, regular expression or EBNF) to be
     compiled; a grammar that takes longer is refused. Seconds."""
 
-    lease_s: float = 30.0
-    """Seconds without a sign of life after which a transfer is given up."""
+    lease_s: float = 4.0
+    """Seconds without a heartbeat of the other side, or without the end of any write to it, after
+    which a transfer is given up. Short, since clients are to hear of a failure within 5 s; a busy
+    peer goes on with its heartbeats. More where a link needs longer for 32 pages."""
 
     hang_timeout_s: float = 60.0
     """Longest one step may take; past it the worker counts as hung and its requests are replayed

@@ -103,7 +103,6 @@ class EngineParts:
 
     def ready(self) -> channel_pb2.EngineReady:
         """What the front tells router and peers."""
-        window = self.transports.window
         return channel_pb2.EngineReady(
             model=worker_pb2.ModelDescription(
                 name=self.config.served_model_name or Path(self.config.model).name,
@@ -121,7 +120,7 @@ class EngineParts:
             ],
             engine_pid=os.getpid(),
             slot_bytes=self.layout.page_bytes,
-            slots=window.slots if window is not None else 0,
+            slots=self.transports.shared_slots,
             outbox_slots=self.transports.outbox_slots,
         )
 
@@ -201,6 +200,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             transports=transports.by_name,
             pool=source,
             window=transports.window,
+            more_windows=transports.more_windows,
             verify=config.verify_kv,
             lease_s=config.lease_s,
             wake=process.channel.wake,

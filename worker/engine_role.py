@@ -44,6 +44,12 @@ FAILURE_CODES = {
 }
 """Error code under which a failed transfer is reported; UNAVAILABLE for all others."""
 
+
+def told(failure: TransferFailure, detail: str) -> str:
+    """A failed transfer as clients read of it: its typed reason, then what happened."""
+    return f"{failure.name.lower().replace('_', ' ')}: {detail}"
+
+
 PlacedRequest = worker_pb2.ReserveRequest | worker_pb2.PrefillRequest | worker_pb2.GenerateLocally
 
 RETRY_AFTER_FULL_S = 1.0
@@ -303,7 +309,8 @@ class EngineRole(SchedulerRole):
         scheduler = self.scheduler
         counts = self._pages
         rows = self.parts.memory.req_to_token
-        slots = self.agent.stats().slots
+        stats = self.agent.stats()
+        slots = stats.slots
         return worker_pb2.WorkerStatus(
             pages=inference_pb2.PageCounts(
                 free=counts.free,
@@ -320,6 +327,7 @@ class EngineRole(SchedulerRole):
             slots_granted=slots.granted,
             slots_quarantined=slots.quarantined,
             slots_total=slots.total,
+            window_replacements=stats.window_replacements,
             queued_tokens=sum(req.seqlen for req in scheduler.returning_requests()),
             host_cache=_host_pages(self.parts.memory.host_cache),
             retracted=_host_pages(self.parts.memory.retracted_host),

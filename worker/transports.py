@@ -3,6 +3,9 @@
 On a CPU one landing window in shared memory serves both: NIXL writes it from another process, the
 front fills it from a gRPC stream. On a GPU the two need different memory (the device's for NIXL,
 the host's for gRPC), so a worker offers one: NIXL where it is to be had, else gRPC.
+
+The shared memory has room for the windows that may replace the first one; nothing of them is
+committed before they are used.
 """
 
 import logging
@@ -19,11 +22,14 @@ from kvtransfer.orders import WriteOrder
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow
+from kvtransfer.windows import MakeMemory, QuarantinePolicy
 from protos.baton.v1 import channel_pb2
 from worker.channel import EngineChannel
 from worker.config import TransportName
 
 logger = logging.getLogger(__name__)
+
+MAX_WINDOWS = QuarantinePolicy().max_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,10 @@ class Transports:
     window: LandingWindow | None
     outbox_slots: int
     """Slots of the outbox in shared memory; 0 where gRPC is not offered."""
+    shared_slots: int = 0
+    """Slots in shared memory, of all windows that there may be."""
+    more_windows: MakeMemory | None = None
+    """What may take the window's place; None where there is no window."""
 
     @property
     def grpc(self) -> GrpcTransport | None:
@@ -77,7 +87,7 @@ def make_transports(
                 raise
             logger.warning("%s; KV moves by gRPC", error.message)
     if nixl is not None and (on_device or name == "nixl"):
-        return _bundle({"nixl": nixl}, window, 0)
+        return _bundle({"nixl": nixl}, memory, window, 0)
     if on_device and window is not None and window.device.type == "cuda":
         window = _window(memory, in_device_memory=False)
     grpc = GrpcTransport(
@@ -90,29 +100,46 @@ def make_transports(
         ),
     )
     offered: dict[str, Transport] = {"grpc": grpc} if nixl is None else {"nixl": nixl, "grpc": grpc}
-    return _bundle(offered, window, memory.outbox_slots)
+    return _bundle(offered, memory, window, memory.outbox_slots)
 
 
 def _bundle(
-    by_name: dict[str, Transport], window: torch.Tensor | None, outbox_slots: int
+    by_name: dict[str, Transport],
+    memory: TransferMemory,
+    window: torch.Tensor | None,
+    outbox_slots: int,
 ) -> Transports:
-    return Transports(by_name, None if window is None else LandingWindow(window), outbox_slots)
+    if window is None:
+        return Transports(by_name, None, outbox_slots)
+    shared = window.device.type == "cpu"
+    return Transports(
+        by_name,
+        LandingWindow(window),
+        outbox_slots,
+        shared_slots=MAX_WINDOWS * memory.window_slots if shared else 0,
+        more_windows=lambda number: _window(memory, number, in_device_memory=not shared),
+    )
 
 
-def _window(memory: TransferMemory, *, in_device_memory: bool) -> torch.Tensor | None:
-    if not memory.window_slots:
+def _window(
+    memory: TransferMemory, number: int = 0, *, in_device_memory: bool
+) -> torch.Tensor | None:
+    slots = memory.window_slots
+    if not slots:
         return None
     if in_device_memory:
-        shape = (memory.window_slots, memory.layout.page_bytes)
+        shape = (slots, memory.layout.page_bytes)
         return torch.zeros(shape, dtype=torch.uint8, device=memory.device)
-    return _shared(memory.window_fd, memory.window_slots, memory.layout)
+    every = _shared(memory.window_fd, MAX_WINDOWS * slots, memory.layout)
+    return None if every is None else every[number * slots : (number + 1) * slots]
 
 
 def _shared(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:
     if not slots:
         return None
-    os.ftruncate(fd, slots * layout.page_bytes)
-    return SharedMemory.attach(fd, slots * layout.page_bytes).tensor(slots, layout.page_bytes)
+    size = slots * layout.page_bytes
+    os.ftruncate(fd, size)
+    return SharedMemory.attach(fd, size).tensor(slots, layout.page_bytes)
 
 
 def _order(order: WriteOrder) -> channel_pb2.EngineToFront:

@@ -18,6 +18,7 @@ from kvtransfer.events import (
 )
 from kvtransfer.fake_transport import FakeNetwork, FakeTransport, Fault
 from kvtransfer.layout import PageLayout
+from kvtransfer.quarantine import Quarantine
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.window import LandingWindow
 
@@ -45,6 +46,8 @@ class Pair:
         seed: int = 0,
         lease_s: float = 6.0,
         verify: bool = True,
+        more_windows: bool = True,
+        quarantine: type[Quarantine] = Quarantine,
     ) -> None:
         self.clock = Clock()
         generator = torch.Generator().manual_seed(seed)
@@ -78,6 +81,8 @@ class Pair:
             window=self.window,
             lease_s=lease_s,
             clock=self.clock,
+            more_windows=self._more if more_windows else None,
+            quarantine=quarantine,
         )
         self.connect()
         self.prefill_events: list[KvEvent] = []
@@ -85,6 +90,9 @@ class Pair:
         self.positions: dict[str, dict[int, int]] = {}
         """Request -> position -> page of `target` that the role copied and verified."""
         self._next_target = 0
+
+    def _more(self, number: int) -> torch.Tensor | None:
+        return torch.zeros_like(self.window.memory)
 
     def connect(self) -> None:
         self.decode.peer_connected(PREFILL, "fake", PREFILL.encode())

@@ -232,3 +232,36 @@ def test_a_part_of_each_page_lands_at_its_place_and_touches_nothing_else() -> No
         prefill.write("d", [(0, 0)], b"", part=(0, LAYOUT.page_bytes + 1))
     prefill.close()
     decode.close()
+
+
+def test_a_further_window_is_written_beside_the_first(
+    sides: tuple[NixlTransport, NixlTransport],
+) -> None:
+    """Under a registration of its own; what was granted in the first may still be written."""
+    prefill, decode = sides
+    decode.connect("p", prefill.local_offer())
+    prefill.connect("d", decode.local_offer())
+    assert prefill._pool is not None
+    assert decode.landing is not None
+    prefill._pool.random_(1, 256)
+    further = torch.zeros((3, LAYOUT.page_bytes), dtype=torch.uint8)
+    offer = decode.open_landing(2, further)
+    with pytest.raises(TransportError, match="outside"):
+        prefill.write("d", [(0, 2)], b"")
+    prefill.connect_landing("d", 2, offer)
+    prefill.connect_landing("d", 2, offer)
+    for copies in ([(3, 4), (1, 2)], [(0, 1)]):
+        prefill.write("d", copies, b"note")
+        end = time.monotonic() + 10
+        while prefill.busy():
+            assert time.monotonic() < end
+            prefill.poll()
+            decode.poll()
+    assert torch.equal(further[[2, 0]], prefill._pool[[3, 1]])
+    assert torch.equal(decode.landing[1], prefill._pool[0])
+    assert not further[1].any()
+    assert not decode.landing[0].any()
+    with pytest.raises(TransportError, match="outside"):
+        prefill.write("d", [(0, 1), (1, 2)], b"")  # of two windows
+    with pytest.raises(TransportError):
+        prefill.connect_landing("d", 5, prefill.local_offer())

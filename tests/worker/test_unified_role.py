@@ -18,7 +18,8 @@ class Worker:
     def __init__(self, **settings: Any) -> None:
         self.said: list[channel_pb2.EngineToFront] = []
         agent = SimpleNamespace(
-            poll_events=list, stats=lambda: SimpleNamespace(slots=SlotCounts(0, 0, 0, 0))
+            poll_events=list,
+            stats=lambda: SimpleNamespace(slots=SlotCounts(0, 0, 0, 0), window_replacements=0),
         )
         parts: Any = SimpleNamespace(
             agent=agent,

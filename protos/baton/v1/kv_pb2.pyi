@@ -137,7 +137,7 @@ class WriteAck(_message.Message):
     def __init__(self, write_id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class KvMessage(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "request_id", "written", "complete", "failed", "credit", "ack")
+    __slots__ = ("ticket_id", "epoch", "request_id", "written", "complete", "failed", "credit", "ack", "window", "window_ready")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,8 @@ class KvMessage(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_READY_FIELD_NUMBER: _ClassVar[int]
     ticket_id: int
     epoch: int
     request_id: str
@@ -154,13 +156,17 @@ class KvMessage(_message.Message):
     failed: TransferFailed
     credit: Credit
     ack: TransferAck
-    def __init__(self, ticket_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., written: _Optional[_Union[PagesWritten, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[TransferAck, _Mapping]] = ...) -> None: ...
+    window: WindowOpened
+    window_ready: WindowReady
+    def __init__(self, ticket_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., written: _Optional[_Union[PagesWritten, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[TransferAck, _Mapping]] = ..., window: _Optional[_Union[WindowOpened, _Mapping]] = ..., window_ready: _Optional[_Union[WindowReady, _Mapping]] = ...) -> None: ...
 
 class PagesWritten(_message.Message):
-    __slots__ = ("pages",)
+    __slots__ = ("pages", "pages_written")
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     pages: _containers.RepeatedCompositeFieldContainer[LandedPage]
-    def __init__(self, pages: _Optional[_Iterable[_Union[LandedPage, _Mapping]]] = ...) -> None: ...
+    pages_written: int
+    def __init__(self, pages: _Optional[_Iterable[_Union[LandedPage, _Mapping]]] = ..., pages_written: _Optional[int] = ...) -> None: ...
 
 class LandedPage(_message.Message):
     __slots__ = ("slot", "position", "valid_tokens", "seal", "chain_hash")
@@ -199,10 +205,26 @@ class TransferFailed(_message.Message):
     def __init__(self, failure: _Optional[_Union[TransferFailure, str]] = ..., detail: _Optional[str] = ..., quiesced: _Optional[bool] = ..., from_writer: _Optional[bool] = ...) -> None: ...
 
 class Credit(_message.Message):
-    __slots__ = ("slots",)
+    __slots__ = ("slots", "total")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
+    total: int
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., total: _Optional[int] = ...) -> None: ...
+
+class WindowOpened(_message.Message):
+    __slots__ = ("first_slot", "offer")
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    first_slot: int
+    offer: bytes
+    def __init__(self, first_slot: _Optional[int] = ..., offer: _Optional[bytes] = ...) -> None: ...
+
+class WindowReady(_message.Message):
+    __slots__ = ("first_slot",)
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    first_slot: int
+    def __init__(self, first_slot: _Optional[int] = ...) -> None: ...
 
 class TransferAck(_message.Message):
     __slots__ = ("pages",)

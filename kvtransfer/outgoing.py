@@ -1,0 +1,137 @@
+"""One outgoing transfer: what it may write, what is being written, and when decode was last heard.
+
+A heartbeat says how far its side has come. So a slow peer is never taken for a dead one, and a
+message that got lost is noticed by the second heartbeat that speaks of it, not by a lease that
+runs out.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from kvtransfer.states import TransferFailure, TransferState
+from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.transport import WriteId
+from protos.baton.v1 import kv_pb2
+
+BEATS_PER_LEASE = 4
+
+LONGEST_BEAT_S = 1.0
+"""Two heartbeats find a lost message, and a client is to have its answer within 5 s."""
+
+MAX_TOMBSTONES = 65_536
+"""Ended tickets remembered, so that one that was withdrawn early cannot be opened late."""
+
+TicketKey = tuple[str, int]
+"""(decode instance, ticket id)."""
+
+
+def beat_s(lease_s: float) -> float:
+    """Longest time between two messages about a live ticket, in either direction."""
+    return min(LONGEST_BEAT_S, lease_s / BEATS_PER_LEASE)
+
+
+class CreditNews(Enum):
+    """What a credit message turned out to be."""
+
+    TAKEN = auto()
+    REPEATED = auto()
+    LOST_BEFORE = auto()
+    """It is the second in a row that counts credits which never came."""
+
+
+@dataclass(slots=True)
+class Early:
+    """A page whose first layers left before the others were computed."""
+
+    page: int
+    slot: int
+    layers: int = 0
+    """Leading layers that were written, or are being."""
+    writes: int = 0
+    """Of them, writes that have not ended. Until they have, the page is not announced: writes may
+    land in any order."""
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """Books of one transfer; times are the transfer clock's seconds."""
+
+    ticket: Ticket
+    last_heard: float
+    """Any word of decode about the ticket."""
+    last_sent: float
+    last_written: float
+    """When a write began or ended."""
+    state: TransferState = TransferState.RESERVED
+    credits: deque[int] = field(default_factory=deque)
+    pending: deque[SourcePage] = field(default_factory=deque)
+    early: dict[int, Early] = field(default_factory=dict)
+    """By position."""
+    writes: set[tuple[str, WriteId]] = field(default_factory=set)
+    pages: int = 0
+    """In writes that were begun."""
+    pages_written: int = 0
+    """In writes that have ended well."""
+    first_token: int | None = None
+    complete_sent: bool = False
+    failure: TransferFailure = TransferFailure.TRANSPORT
+    detail: str = ""
+    _credited: int = 0
+    _credit_totals: set[int] = field(default_factory=set)
+    _missing_total: int = 0
+
+    @property
+    def key(self) -> TicketKey:
+        return self.ticket.instance_id, self.ticket.ticket_id
+
+    def take_credit(self, credit: kv_pb2.Credit) -> CreditNews:
+        """Adds slots that are credited for the first time. A repeated credit may name slots that
+        were written meanwhile: taking it would write them twice."""
+        if credit.slots:
+            if credit.total in self._credit_totals:
+                return CreditNews.REPEATED
+            self._credit_totals.add(credit.total)
+            self._credited += len(credit.slots)
+            self.credits.extend(credit.slots)
+            return CreditNews.TAKEN
+        missing, self._missing_total = self._missing_total, 0
+        if credit.total > self._credited:
+            if missing and missing > self._credited:
+                return CreditNews.LOST_BEFORE
+            self._missing_total = credit.total
+        return CreditNews.TAKEN
+
+    def silence(self, now: float, peer_written: float) -> str:
+        """What has not come for the length of the lease; empty while the transfer lives.
+
+        `peer_written`: when any write to the same peer last ended. Writes queue behind one another,
+        and one to a stopped peer stays in progress for ever. A ticket waits for credit, and for
+        the end of a decode step, as long as decode is heard.
+        """
+        lease_s = self.ticket.lease_s
+        if self.writes and now - max(self.last_written, peer_written) > lease_s:
+            return f"no end of a write for {lease_s:g} s"
+        if now - self.last_heard > lease_s:
+            return f"nothing from decode for {lease_s:g} s"
+        return ""
+
+
+class Tombstones:
+    """Tickets that have ended here, and how."""
+
+    def __init__(self) -> None:
+        self._ended: OrderedDict[TicketKey, tuple[TransferFailure, str] | None] = OrderedDict()
+
+    def __contains__(self, key: TicketKey) -> bool:
+        return key in self._ended
+
+    def bury(self, key: TicketKey, failure: tuple[TransferFailure, str] | None = None) -> None:
+        """`failure`: why it failed; None: it did not, or was withdrawn before it was opened."""
+        self._ended[key] = failure
+        while len(self._ended) > MAX_TOMBSTONES:
+            self._ended.popitem(last=False)
+
+    def failure(self, key: TicketKey) -> tuple[TransferFailure, str] | None:
+        """Why the ticket failed; None for any other."""
+        return self._ended.get(key)
