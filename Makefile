@@ -7,7 +7,7 @@ EXAMPLES ?= 100000
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-compose test-helm chart lock lint format protos train-tiny clean
+.PHONY: help setup demo test test-long test-gpu test-compose test-helm chart docs lock lint format protos train-tiny clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ protos: setup ## Generate the Python code of protos/baton/v1/*.proto
 
 chart: setup ## Write the chart's README, schema and dashboard anew from values and settings
 	@$(BIN)/python tools/chart.py
+
+docs: setup ## Write docs/api.md anew from the protos and the HTTP bodies
+	@$(BIN)/python tools/api_reference.py
 
 lock: setup ## Lock what the images install (deploy/requirements) anew
 	@$(BIN)/python tools/lock_images.py

@@ -97,6 +97,16 @@ def test_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
     assert not stale, f"run `make protos`; out of date: {', '.join(stale)}"
 
 
+def test_the_api_reference_is_what_the_doors_take() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "api_reference.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"run `make docs`\n{done.stdout}{done.stderr}"
+
+
 def test_a_source_file_is_one_concept() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
