@@ -188,10 +188,12 @@ def main() -> int:
     parser.add_argument("--rates", default="", help="requests a second, comma separated")
     parser.add_argument("--duration", type=float, default=15.0, help="seconds a rate")
     parser.add_argument("--transports", default="nixl,grpc")
+    parser.add_argument("--lengths", default="", help="prompts one at a time, comma separated")
     parser.add_argument("--flags", default="", help="further flags of `baton up`")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
+    lengths = [int(n) for n in arguments.lengths.split(",") if n] or LENGTHS[arguments.shape]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / arguments.shape
@@ -200,9 +202,7 @@ def main() -> int:
             flags = ["--transport", transport, *arguments.flags.split()]
             process, address = start(model, flags, Path(directory) / f"{transport}.log")
             try:
-                idle = asyncio.run(
-                    one_at_a_time(address, LENGTHS[arguments.shape], shape.vocab_size)
-                )
+                idle = asyncio.run(one_at_a_time(address, lengths, shape.vocab_size))
                 table(idle)
                 loaded = []
                 for rate in filter(None, arguments.rates.split(",")):

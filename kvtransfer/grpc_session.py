@@ -31,6 +31,10 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+ONE_HOST = frozenset({"cuda_ipc"})
+"""Transports that join processes of one host and one PID namespace only."""
+
+
 def refusal(mine: kv_pb2.ConnectInfo, theirs: kv_pb2.ConnectInfo) -> str:
     """Why two workers cannot exchange KV; empty where they can."""
     if theirs.protocol_version != mine.protocol_version:
@@ -51,7 +55,8 @@ def choose_transport(
 ) -> str:
     """The first transport of ours that the peer offers, too; `wanted` unless "auto". Raises
     LookupError, by name, where there is none."""
-    offered = [offer.name for offer in theirs.transports]
+    together = bool(mine.pid_namespace) and mine.pid_namespace == theirs.pid_namespace
+    offered = [o.name for o in theirs.transports if together or o.name not in ONE_HOST]
     own = [offer.name for offer in mine.transports if offer.name not in excluded]
     for name in own:
         if name in offered and wanted in ("auto", name):

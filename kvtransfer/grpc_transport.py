@@ -57,13 +57,16 @@ class GrpcTransport(Transport):
         pool: torch.Tensor | None,
         outbox: torch.Tensor | None,
         landing: torch.Tensor | None,
+        further_landing: torch.Tensor | None = None,
         submit: Callable[[WriteOrder], None],
         send: Callable[[str, bytes], None],
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, any device; `outbox` and `landing`: shared memory,
-        [slots, page_bytes] uint8. `submit` and `send` pass an order or a (peer, message) to the
+        [slots, page_bytes] uint8. `further_landing`: the slots of all windows that there may be,
+        where the worker's own further windows are not shared memory. `submit` and `send` pass an order or a (peer, message) to the
         front; they are called on the transfer thread and must not block for long."""
         self.landing = landing
+        self._further_landing = further_landing
         self._pool = pool
         self._outbox = outbox
         self._submit = submit
@@ -115,6 +118,11 @@ class GrpcTransport(Transport):
     def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
         # The front maps the shared memory of all windows; slots are numbered through it.
         return b""
+
+    def landing_of(self, first_slot: int) -> torch.Tensor | None:
+        if self._further_landing is None or self.landing is None:
+            return None if first_slot else self.landing
+        return self._further_landing[first_slot : first_slot + len(self.landing)]
 
     def write(
         self,

@@ -287,10 +287,9 @@ class Receiver:
 
     def _memory(self, entry: Incoming) -> torch.Tensor:
         transport = self._links.get(entry.ticket.writer_instance)
-        landing = transport.landing if transport is not None else None
-        if landing is None or entry.window.first_slot:
-            return entry.window.memory
-        return landing
+        first_slot = entry.window.first_slot
+        landing = transport.landing_of(first_slot) if transport is not None else None
+        return entry.window.memory if landing is None else landing
 
     def _page_problem(self, entry: Incoming, page: kv_pb2.LandedPage) -> str | None:
         position = page.position

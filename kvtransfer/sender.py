@@ -1,9 +1,9 @@
 """Prefill's side of the handover: pages go out as credits allow, and stay owned until decode has
 acknowledged them or every write has ended.
 
-Runs on the transfer thread alone. Pages are digested again right before they leave, on this
-thread (on CUDA, on its own stream): as late as possible, so that a page that was freed and reused
-while it waited for credit is caught, and without making the scheduler wait for a result.
+Runs on the transfer thread alone. Pages are digested again right before they leave (or as they do,
+by a transport that can), on this thread (on CUDA, on its own stream): so late that a page which was
+freed and reused while it waited for credit is caught, and without the scheduler waiting for it.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import CreditNews, Early, Outgoing, TicketKey, Tombstones, beat_s
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
-from kvtransfer.transport import WriteId
+from kvtransfer.transport import SealCheck, WriteId
 from protos.baton.v1 import kv_pb2
 
 MAX_WRITE_PAGES = 32
@@ -270,14 +270,16 @@ class Sender:
         else:
             self._pump(out)
 
-    def on_write_failed(self, transport: str, write_id: WriteId, reason: str) -> None:
+    def on_write_failed(
+        self, transport: str, write_id: WriteId, failure: TransferFailure, reason: str
+    ) -> None:
         out = self._end_write(transport, write_id, done=False)
         if out is None:
             return
         if out.state == TransferState.FAILED:
             self._settle_failed(out)
         else:
-            self._fail(out, TransferFailure.TRANSPORT, reason)
+            self._fail(out, failure, reason)
 
     def _end_write(self, transport: str, write_id: WriteId, *, done: bool) -> Outgoing | None:
         entry = self._writes.pop((transport, write_id), None)
@@ -355,11 +357,11 @@ class Sender:
 
     def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""
-        if not self._verify or self._pool is None:
-            return True
-        indices = [page.page for page in pages]
+        transport = self._links.get(out.ticket.instance_id)
+        if not self._verify or self._pool is None or (transport and transport.checks_seals):
+            return True  # in the last case the transport sees to it
         valid = [page.valid_tokens for page in pages]
-        seals = seals_of(digest_pages(self._pool, indices, valid, self._layout))
+        seals = seals_of(digest_pages(self._pool, [p.page for p in pages], valid, self._layout))
         for page, seal in zip(pages, seals, strict=True):
             if seal != page.seal:
                 detail = f"source page at position {page.position} changed after it was sealed"
@@ -381,10 +383,12 @@ class Sender:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
             return
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
+        peer, data = out.ticket.instance_id, message.SerializeToString()
         try:
-            write = transport.write(
-                out.ticket.instance_id, copies, message.SerializeToString(), part=part
-            )
+            if self._verify and transport.checks_seals:
+                write = transport.write_checked(peer, copies, data, SealCheck.of(pages), part=part)
+            else:
+                write = transport.write(peer, copies, data, part=part)
         except TransportError as error:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
             return

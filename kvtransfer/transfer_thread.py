@@ -19,6 +19,7 @@ from kvtransfer.geometry import WriterPages
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
+from kvtransfer.states import TransferFailure
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
@@ -118,8 +119,8 @@ class TransferThread:
 
     def _pause(self, active_pause: float) -> float:
         alive = bool(self.sender.active or self.receiver.active)
-        if any(t.polled and t.busy() for t in self._transports.values()):
-            return active_pause
+        if any(t.busy() for t in self._transports.values() if t.polled or t.writes_polled):
+            return MIN_POLL_S
         if self.links.any_polled:
             return active_pause if alive else IDLE_POLL_S
         return TICK_S if alive else ASLEEP_S
@@ -149,8 +150,9 @@ class TransferThread:
                     self.links.dropped["unknown_peer"] += 1
             case WriteDone(write_id):
                 self.sender.on_write_done(transport.name, write_id)
-            case WriteFailed(write_id, reason):
-                self.sender.on_write_failed(transport.name, write_id, reason)
+            case WriteFailed(write_id, reason, mismatch):
+                failure = TransferFailure.MISMATCH if mismatch else TransferFailure.TRANSPORT
+                self.sender.on_write_failed(transport.name, write_id, failure, reason)
             case PeerLost(peer, reason):
                 if self.links.get(peer) is transport:
                     self.detach(peer, reason, proven_dead=False)

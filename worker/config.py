@@ -9,7 +9,7 @@ from engine.types import HostWritePolicy, RadixEvictionPolicy
 Role = Literal["prefill", "decode", "unified"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-TransportName = Literal["auto", "nixl", "grpc"]
+TransportName = Literal["auto", "cuda_ipc", "nixl", "grpc"]
 LoadFormat = Literal["auto", "dummy"]
 Overlap = Literal["auto", "on", "off"]
 
@@ -52,8 +52,9 @@ class WorkerConfig:
     """auto: bfloat16 on CUDA; on a CPU, float32 (exact against the reference)."""
 
     transport: TransportName = "auto"
-    """How KV moves between workers: auto prefers nixl where both sides have it, else grpc. A
-    unified worker moves none."""
+    """How KV moves between workers: auto takes, of what both sides have, cuda_ipc (GPUs of one
+    host, in one PID namespace), else nixl, else grpc. One asked for by name must be there, or the
+    worker does not start. A unified worker moves none."""
 
     page_size: int = 64
     """Tokens a KV page; larger pages move faster, smaller ones share prefixes more finely."""

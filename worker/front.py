@@ -22,12 +22,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from kvtransfer.host import pid_namespace
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from worker.config import WorkerConfig
 from worker.drain import DrainClock
 from worker.engine_handle import EngineHandle, EngineStartError
-from worker.kv_front import pid_namespace
 from worker.peer_lists import PeerLists
 from worker.registration import register_with_all, router_addresses
 from worker.service import RouterSession, WorkerService

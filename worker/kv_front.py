@@ -8,9 +8,9 @@ nothing.
 import asyncio
 import logging
 import os
-from pathlib import Path
 from typing import Protocol
 
+from kvtransfer.host import pid_namespace
 from kvtransfer.orders import WriteOrder
 from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
 
@@ -132,15 +132,3 @@ def write_order(message: channel_pb2.KvWrite) -> WriteOrder:
         copies=tuple((copy.outbox_slot, copy.landing_slot) for copy in message.copies),
         message=message.message,
     )
-
-
-def pid_namespace() -> str:
-    """Names this process's PID namespace on this boot of this host; empty where that is unknown.
-
-    The namespace's own number is no name: the initial one is the same on every host.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""

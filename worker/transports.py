@@ -1,8 +1,10 @@
 """Which transports an engine offers, and the memory they land in.
 
 On a CPU one landing window in shared memory serves both: NIXL writes it from another process, the
-front fills it from a gRPC stream. On a GPU the two need different memory (the device's for NIXL,
-the host's for gRPC), so a worker offers one: NIXL where it is to be had, else gRPC.
+front fills it from a gRPC stream. On a GPU, cuda_ipc and NIXL share a window in the device's memory
+and gRPC has one of the host's, as many slots again, whose pages are committed when first written.
+So a worker offers at once whatever works here, and each pair of workers takes the best that joins
+the two.
 
 The shared memory has room for the windows that may replace the first one; nothing of them is
 committed before they are used.
@@ -10,11 +12,14 @@ committed before they are used.
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from kvtransfer.errors import TransportUnavailableError
+from kvtransfer.cuda_ipc_transport import CudaIpcTransport
+from kvtransfer.cuda_memory import allocate_window
+from kvtransfer.errors import TransportError, TransportUnavailableError
 from kvtransfer.grpc_transport import GrpcTransport
 from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport
@@ -76,62 +81,72 @@ def make_transports(
     """
     if memory.source is None and not memory.window_slots:
         return Transports({}, None, 0)
-    on_device = memory.device.type == "cuda"
-    window = _window(memory, in_device_memory=on_device and name != "grpc")
-    nixl: Transport | None = None
-    if name != "grpc":
+    on_device = memory.device.type == "cuda" and name != "grpc"
+    window = _device_window(memory) if on_device else _shared_window(memory, 0)
+    offered: dict[str, Transport] = {}
+
+    def offer(wanted: TransportName, make: Callable[[], Transport]) -> None:
+        if name not in (wanted, "auto"):
+            return
         try:
-            nixl = NixlTransport(instance_id=instance_id, pool=memory.source, landing=window)
+            offered[wanted] = make()
         except TransportUnavailableError as error:
-            if name == "nixl":
+            if name == wanted:
                 raise
-            logger.warning("%s; KV moves by gRPC", error.message)
-    if nixl is not None and (on_device or name == "nixl"):
-        return _bundle({"nixl": nixl}, memory, window, 0)
-    if on_device and window is not None and window.device.type == "cuda":
-        window = _window(memory, in_device_memory=False)
-    grpc = GrpcTransport(
+            logger.warning("%s; KV moves by another transport", error.message)
+
+    if on_device or name == "cuda_ipc":
+        offer(
+            "cuda_ipc",
+            lambda: CudaIpcTransport(layout=memory.layout, pool=memory.source, landing=window),
+        )
+    offer(
+        "nixl",
+        lambda: NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
+    )
+    offer("grpc", lambda: _grpc(memory, channel))
+    has_grpc = "grpc" in offered
+    return Transports(
+        offered,
+        None if window is None else LandingWindow(window),
+        memory.outbox_slots if has_grpc else 0,
+        shared_slots=MAX_WINDOWS * memory.window_slots if has_grpc or not on_device else 0,
+        more_windows=lambda number: (
+            _device_window(memory) if on_device else _shared_window(memory, number)
+        ),
+    )
+
+
+def _grpc(memory: TransferMemory, channel: EngineChannel) -> GrpcTransport:
+    return GrpcTransport(
         pool=memory.source,
         outbox=_shared(memory.outbox_fd, memory.outbox_slots, memory.layout),
-        landing=window,
+        landing=_shared_window(memory, 0),
+        further_landing=_every_shared_window(memory),
         submit=lambda order: channel.send(_order(order)),
         send=lambda peer, data: channel.send(
             channel_pb2.EngineToFront(kv=channel_pb2.KvOut(peer=peer, message=data))
         ),
     )
-    offered: dict[str, Transport] = {"grpc": grpc} if nixl is None else {"nixl": nixl, "grpc": grpc}
-    return _bundle(offered, memory, window, memory.outbox_slots)
 
 
-def _bundle(
-    by_name: dict[str, Transport],
-    memory: TransferMemory,
-    window: torch.Tensor | None,
-    outbox_slots: int,
-) -> Transports:
-    if window is None:
-        return Transports(by_name, None, outbox_slots)
-    shared = window.device.type == "cpu"
-    return Transports(
-        by_name,
-        LandingWindow(window),
-        outbox_slots,
-        shared_slots=MAX_WINDOWS * memory.window_slots if shared else 0,
-        more_windows=lambda number: _window(memory, number, in_device_memory=not shared),
-    )
-
-
-def _window(
-    memory: TransferMemory, number: int = 0, *, in_device_memory: bool
-) -> torch.Tensor | None:
-    slots = memory.window_slots
-    if not slots:
+def _device_window(memory: TransferMemory) -> torch.Tensor | None:
+    """An allocation of its own, which a process beside this one may map."""
+    if not memory.window_slots:
         return None
-    if in_device_memory:
-        shape = (slots, memory.layout.page_bytes)
-        return torch.zeros(shape, dtype=torch.uint8, device=memory.device)
-    every = _shared(memory.window_fd, MAX_WINDOWS * slots, memory.layout)
+    try:
+        return allocate_window(memory.window_slots, memory.layout.page_bytes, memory.device)
+    except TransportError as error:
+        raise TransportUnavailableError(f"no landing window: {error.message}") from error
+
+
+def _shared_window(memory: TransferMemory, number: int) -> torch.Tensor | None:
+    every, slots = _every_shared_window(memory), memory.window_slots
     return None if every is None else every[number * slots : (number + 1) * slots]
+
+
+def _every_shared_window(memory: TransferMemory) -> torch.Tensor | None:
+    return _shared(memory.window_fd, MAX_WINDOWS * memory.window_slots, memory.layout)
 
 
 def _shared(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:

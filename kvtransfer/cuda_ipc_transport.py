@@ -1,0 +1,355 @@
+"""cuda_ipc: two GPUs of one host, or two processes on one, and nothing between them but a kernel.
+
+The receiver's landing window is an allocation of its own, which the writer maps once, when the two
+are joined. A write is one kernel: it reads the source pages, writes them into the peer's slots
+and digests what it wrote; the digests are compared with the seals before the peer hears of the
+pages. NIXL needs a pass over the pages before it sends for that, and large blocks to be fast; this
+takes pages of any size at the speed of the link.
+
+What keeps it honest:
+
+- A kernel that has ended has made its writes visible to the peer's device, and the message leaves
+  only after that. A window's owner that has died leaves the memory to those who have it mapped, so
+  a kernel under way hits nothing else; the mapping is closed when the last one has ended.
+- Writers cannot be called back: whoever was granted a slot may write it until it has said that it
+  will not, or has exited. The window is never freed before the process ends.
+- Only processes of one host and one PID namespace can be joined, and the kernel (Unix sockets'
+  credentials) vouches for who is at the other end.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from kvtransfer.cuda_memory import close_window, export_window, open_window
+from kvtransfer.digest import triton_installed
+from kvtransfer.errors import TransportError, TransportUnavailableError
+from kvtransfer.host import pid_namespace
+from kvtransfer.layout import PageLayout
+from kvtransfer.local_link import LinkAddress, LocalLinks
+from kvtransfer.peer_copy import ALIGNMENT_BYTES, PeerCopier, PendingCopy
+from kvtransfer.transport import (
+    MessageArrived,
+    PeerLost,
+    SealCheck,
+    Transport,
+    TransportEvent,
+    WriteDone,
+    WriteFailed,
+    WriteId,
+)
+
+MAX_WINDOW_SLOTS = 1 << 20
+"""A peer's claim beyond this is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A peer's landing window, mapped here."""
+
+    address: int
+    slots: int
+    slot_bytes: int
+
+
+@dataclass(slots=True)
+class _Peer:
+    token: str
+    """Of its link: fresh in each of its lives."""
+    windows: dict[int, _Window] = field(default_factory=dict)
+    """By their first slots."""
+    writes: int = 0
+    closing: bool = False
+
+    def place(self, slot: int, page_bytes: int) -> int:
+        """Address of a slot. Raises TransportError where a page there would reach beyond its
+        window. A page larger than a slot takes the slots behind it."""
+        for first, window in self.windows.items():
+            start = (slot - first) * window.slot_bytes
+            if 0 <= start <= window.slots * window.slot_bytes - page_bytes:
+                return window.address + start
+        raise TransportError(f"a page in slot {slot} would be outside the peer's windows")
+
+
+@dataclass(slots=True)
+class _Flight:
+    write_id: WriteId
+    peer: str
+    copy: PendingCopy
+    check: SealCheck | None
+    message: bytes
+
+
+@dataclass(slots=True)
+class _Writer:
+    copier: PeerCopier
+    flights: deque[_Flight] = field(default_factory=deque)
+    """On one stream, so they end in order."""
+
+
+def unavailable_reason(device: torch.device) -> str:
+    """Why cuda_ipc cannot be used by an engine on `device`; empty where it can."""
+    if device.type != "cuda":
+        return f"it joins GPUs, and this worker computes on {device.type}"
+    if not triton_installed():
+        return "its kernel needs Triton, which is not installed"
+    if not pid_namespace():
+        return "this system does not tell its PID namespace"
+    return ""
+
+
+class CudaIpcTransport(Transport):
+    """One engine's end."""
+
+    name: ClassVar[str] = "cuda_ipc"
+    polled: ClassVar[bool] = False
+    writes_polled: ClassVar[bool] = True
+    loss_ends_writes: ClassVar[bool] = False
+    writes_parts: ClassVar[bool] = True
+    checks_seals: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        layout: PageLayout,
+        pool: torch.Tensor | None,
+        landing: torch.Tensor | None,
+    ) -> None:
+        """`pool`: [pages, page_bytes] uint8 on CUDA, source of writes; `landing`: [slots,
+        slot_bytes] uint8 of `allocate_window`, what peers may write. Either may be None.
+
+        Raises TransportUnavailableError where this device, system or layout cannot.
+        """
+        memory = pool if pool is not None else landing
+        device = memory.device if memory is not None else torch.device("cpu")
+        reason = unavailable_reason(device)
+        if reason:
+            raise TransportUnavailableError(f"transport cuda_ipc is not available: {reason}")
+        self.landing = landing
+        self._device = device
+        self._layout = layout
+        try:
+            self._exported = None if landing is None else export_window(landing)
+            self._writer = None if pool is None else _Writer(PeerCopier(pool, layout))
+        except (TransportError, ValueError, RuntimeError) as error:
+            raise TransportUnavailableError(
+                f"transport cuda_ipc does not start: {error}"
+            ) from error
+        self._pages = 0 if pool is None else int(pool.shape[0])
+        self._links = LocalLinks()
+        self._peers: dict[str, _Peer] = {}
+        self._events: deque[TransportEvent] = deque()
+        self._next_write = 1
+
+    def bind(self, wake: Callable[[], None]) -> None:
+        self._links.bind(wake)
+
+    # ---- peers ----------------------------------------------------------------------------------
+
+    def local_offer(self) -> bytes:
+        address = self._links.address
+        offer: dict[str, object] = {
+            "host": pid_namespace(),
+            "socket": address.name,
+            "token": address.token,
+            "pid": address.pid,
+        }
+        if self.landing is not None and self._exported is not None:
+            offer["window"] = [self._exported.hex(), *self.landing.shape]
+        return json.dumps(offer).encode()
+
+    def connect(self, peer: str, offer: bytes) -> None:
+        try:
+            claims: dict[str, Any] = json.loads(offer)
+            address = LinkAddress(str(claims["socket"]), str(claims["token"]), int(claims["pid"]))
+            host, window = str(claims["host"]), claims.get("window")
+        except (ValueError, KeyError, TypeError) as error:
+            raise TransportError(f"peer {peer} makes no sense to cuda_ipc: {error!r}") from error
+        if host != pid_namespace():
+            raise TransportError(f"peer {peer} is on another host or in another PID namespace")
+        if self._revive(peer, address):
+            return
+        if self._writer is None:
+            self._links.expect(peer, address)
+            self._peers[peer] = _Peer(address.token)
+            return
+        mapped = self._map(peer, window)
+        try:
+            self._links.dial(peer, address)
+        except TransportError:
+            close_window(mapped.address, self._device)
+            raise
+        self._peers[peer] = _Peer(address.token, {0: mapped})
+
+    def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
+        return json.dumps([export_window(memory).hex(), *memory.shape]).encode()
+
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+        entry = self._peers.get(peer)
+        if entry is None or entry.closing:
+            raise TransportError(f"cuda_ipc is not connected to peer {peer}")
+        if first_slot in entry.windows:
+            return
+        try:
+            window = json.loads(offer)
+        except ValueError as error:
+            raise TransportError(f"peer {peer} makes no sense to cuda_ipc: {error}") from error
+        entry.windows[first_slot] = self._map(peer, window)
+
+    def _revive(self, peer: str, address: LinkAddress) -> bool:
+        """A peer that is back in the same life while writes to it still go on keeps its mapping."""
+        entry = self._peers.get(peer)
+        if entry is None:
+            return False
+        if entry.token != address.token:
+            raise TransportError(f"writes to {peer}'s former life have not ended yet")
+        if self._writer is None:
+            self._links.expect(peer, address)
+        else:
+            self._links.dial(peer, address)
+        entry.closing = False
+        return True
+
+    def _map(self, peer: str, window: object) -> _Window:
+        match window:
+            case [str(handle), int(slots), int(slot_bytes)] if 1 <= slots <= MAX_WINDOW_SLOTS:
+                pass
+            case _:
+                raise TransportError(f"peer {peer} offers no landing window for cuda_ipc")
+        if slot_bytes < 1 or slot_bytes % ALIGNMENT_BYTES:
+            raise TransportError(f"peer {peer} has slots of {slot_bytes} bytes")
+        try:
+            address = open_window(bytes.fromhex(handle), self._device)
+        except (TransportError, ValueError) as error:
+            raise TransportError(f"the window of {peer} cannot be mapped: {error}") from error
+        return _Window(address, slots, slot_bytes)
+
+    def disconnect(self, peer: str) -> None:
+        entry = self._peers.get(peer)
+        if entry is None:
+            return
+        entry.closing = True
+        self._links.drop(peer)
+        self._close_if_quiet(peer, entry)
+
+    def _close_if_quiet(self, peer: str, entry: _Peer) -> None:
+        if entry.closing and not entry.writes:
+            del self._peers[peer]
+            self._unmap(entry)
+
+    def _unmap(self, entry: _Peer) -> None:
+        for window in entry.windows.values():
+            close_window(window.address, self._device)
+        entry.windows.clear()
+
+    # ---- writes and messages --------------------------------------------------------------------
+
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
+        return self._start(peer, copies, message, None, part)
+
+    def write_checked(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        check: SealCheck,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
+        return self._start(peer, copies, message, check, part)
+
+    def _start(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        check: SealCheck | None,
+        part: tuple[int, int] | None,
+    ) -> WriteId:
+        entry = self._peers.get(peer)
+        if entry is None or entry.closing or not entry.windows or self._writer is None:
+            raise TransportError(f"cuda_ipc has no landing window of peer {peer}")
+        if not copies or not all(0 <= page < self._pages for page, _ in copies):
+            raise TransportError("source pages outside the pool")
+        layout = self._layout
+        places = [(page, entry.place(slot, layout.page_bytes)) for page, slot in copies]
+        valid = [layout.page_size] * len(copies) if check is None else list(check.valid_tokens)
+        copy = self._writer.copier.start(
+            places,
+            valid,
+            rows=None if part is None else self._rows(part),
+            digest_all=check is not None,
+        )
+        write_id = WriteId(self._next_write)
+        self._next_write += 1
+        entry.writes += 1
+        self._writer.flights.append(_Flight(write_id, peer, copy, check, message))
+        return write_id
+
+    def _rows(self, part: tuple[int, int]) -> tuple[int, int]:
+        first, end = part
+        row_bytes = self._layout.row_bytes
+        if first % row_bytes or end % row_bytes or not 0 <= first < end <= self._layout.page_bytes:
+            raise TransportError(f"bytes {part} are no whole layers of a page")
+        return first // row_bytes, end // row_bytes
+
+    def send(self, peer: str, message: bytes) -> None:
+        if peer not in self._peers:
+            raise TransportError(f"cuda_ipc is not connected to peer {peer}")
+        self._links.send(peer, message)
+
+    def poll(self) -> list[TransportEvent]:
+        for peer, data in self._links.receive():
+            if data is not None:
+                self._events.append(MessageArrived(peer, data))
+            elif peer in self._peers:
+                self._events.append(PeerLost(peer, f"the engine of {peer} closed its socket"))
+        flights = self._writer.flights if self._writer is not None else ()
+        while flights and flights[0].copy.ended():
+            self._end(flights.popleft())
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def _end(self, flight: _Flight) -> None:
+        failure, mismatch = "", False
+        if flight.check is not None:
+            wrong = flight.check.first_wrong(flight.copy.seals())
+            if wrong is not None:
+                failure = f"source page {wrong} of the write is not what was sealed"
+                mismatch = True
+        if not failure:
+            try:
+                self.send(flight.peer, flight.message)
+            except TransportError as error:
+                failure = error.message
+        if failure:
+            self._events.append(WriteFailed(flight.write_id, failure, mismatch=mismatch))
+        else:
+            self._events.append(WriteDone(flight.write_id))
+        entry = self._peers[flight.peer]
+        entry.writes -= 1
+        self._close_if_quiet(flight.peer, entry)
+
+    def busy(self) -> bool:
+        return self._writer is not None and bool(self._writer.flights)
+
+    def close(self) -> None:
+        """Waits for the kernels under way, some milliseconds at most."""
+        for flight in self._writer.flights if self._writer is not None else ():
+            flight.copy.wait()
+        self._links.close()
+        for entry in self._peers.values():
+            self._unmap(entry)
+        self._peers.clear()

@@ -1,0 +1,152 @@
+"""Device memory that another process may map: the one door to the CUDA driver's own calls.
+
+torch's allocator cuts its tensors out of larger segments, and an IPC handle names a whole
+allocation: handing one out would show a peer whatever else lies in that segment. So a landing
+window is allocated here, by itself. The driver (libcuda) is called rather than the runtime, whose
+library has another name in every release and lies where pip put it.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from kvtransfer.errors import TransportError, TransportUnavailableError
+
+HANDLE_BYTES = 64
+"""Size of CUipcMemHandle."""
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+"""The only flag that cuIpcOpenMemHandle takes."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
+
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "cuInit": [ctypes.c_uint],
+    "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
+    "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
+    "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
+    "cuCtxPushCurrent_v2": [ctypes.c_void_p],
+    "cuCtxPopCurrent_v2": [ctypes.POINTER(ctypes.c_void_p)],
+    "cuMemAlloc_v2": [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t],
+    "cuMemGetAddressRange_v2": [
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.c_uint64,
+    ],
+    "cuMemcpyDtoH_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t],
+    "cuIpcGetMemHandle": [ctypes.POINTER(_Handle), ctypes.c_uint64],
+    "cuIpcOpenMemHandle_v2": [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint],
+    "cuIpcCloseMemHandle": [ctypes.c_uint64],
+}
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """Raises TransportUnavailableError where there is no CUDA driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise TransportUnavailableError(f"no CUDA driver is to be had here: {error}") from error
+    return library
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        why = text.value.decode() if text.value else "unknown"
+        raise TransportError(f"{name}: CUDA error {status} ({why})")
+
+
+@contextmanager
+def _context(device: torch.device) -> Iterator[None]:
+    """torch's own context of the device, current on this thread."""
+    _call("cuInit", 0)
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(number), device.index or 0)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+    _call("cuCtxPushCurrent_v2", context)
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+
+class _Allocation:
+    """Bytes at an address, as torch takes them over without a copy."""
+
+    def __init__(self, address: int, shape: tuple[int, int]) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+        }
+
+
+def allocate_window(slots: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
+    """Zeroed [slots, slot_bytes] uint8: an allocation of its own, which `export_window` takes.
+
+    It is never freed before the process ends: the driver does not say whether a peer still has it
+    mapped, and freeing it under a mapping is undefined. Raises TransportError where the device has
+    no room.
+    """
+    address = ctypes.c_uint64()
+    with _context(device):
+        _call("cuMemAlloc_v2", ctypes.byref(address), slots * slot_bytes)
+    window = torch.as_tensor(_Allocation(address.value, (slots, slot_bytes)), device=device)
+    window.zero_()
+    torch.cuda.synchronize(device)
+    return window
+
+
+def export_window(window: torch.Tensor) -> bytes:
+    """The handle under which another process of this host maps the window. Raises TransportError
+    where the tensor is not an allocation of its own."""
+    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+    with _context(window.device):
+        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), window.data_ptr())
+        if base.value != window.data_ptr():
+            raise TransportError("a landing window must be an allocation of its own to be mapped")
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return bytes(handle.reserved)
+
+
+def open_window(handle: bytes, device: torch.device) -> int:
+    """Maps a peer's window for kernels of `device`; its address here. One byte of it is read, so
+    that a mapping which does not work shows now and not under a request. Raises TransportError:
+    the peer's device is not reachable, or the handle is this process's own."""
+    if len(handle) != HANDLE_BYTES:
+        raise TransportError(f"an IPC handle of {len(handle)} bytes")
+    address, byte = ctypes.c_uint64(), ctypes.c_ubyte()
+    with _context(device):
+        _call(
+            "cuIpcOpenMemHandle_v2",
+            ctypes.byref(address),
+            _Handle.from_buffer_copy(handle),
+            _LAZY_ENABLE_PEER_ACCESS,
+        )
+        try:
+            _call("cuMemcpyDtoH_v2", ctypes.byref(byte), address, 1)
+        except TransportError:
+            _call("cuIpcCloseMemHandle", address)
+            raise
+    return address.value
+
+
+def close_window(address: int, device: torch.device) -> None:
+    """Ends a mapping; no kernel may be using it. A dead peer's memory stays until then."""
+    with _context(device):
+        _call("cuIpcCloseMemHandle", address)
