@@ -32,6 +32,7 @@ from workloads import poisson, tokens  # noqa: E402
 
 from baton import AsyncClient  # noqa: E402
 from baton.random_model import Shape, write_model_shell  # noqa: E402
+from worker.handover_trace import phases_ms, read_trace  # noqa: E402
 
 SHAPES = {
     "tiny": Shape(),
@@ -160,6 +161,20 @@ async def arrivals(address: str, rate: float, duration: float, vocab: int) -> di
     }
 
 
+def handover_phases(trace: Path, since: int) -> tuple[list[dict[str, Any]], int]:
+    """p50 and p90 in ms of what the engines wrote down after the first `since` requests, and how
+    many there are now. `gap`: from the end of prefill's last step to the launch of decode's first;
+    the phases before it sum up to it."""
+    requests = list(read_trace(trace).values()) if trace.exists() else []
+    phases = [found for events in requests[since:] if (found := phases_ms(events))]
+    rows = [
+        {"handover": f"p{p}", "requests": len(phases)}
+        | {name: float(np.percentile([each[name] for each in phases], p)) for name in phases[0]}
+        for p in ((50, 90) if phases else ())
+    ]
+    return rows, len(requests)
+
+
 def share(requests: Iterable[tuple[bool, float]], limit_ms: float, count: int) -> float:
     return 100 * sum(prompt and value <= limit_ms for prompt, value in requests) / max(1, count)
 
@@ -199,19 +214,31 @@ def main() -> int:
         model = Path(directory) / arguments.shape
         write_model_shell(model, shape)
         for transport in arguments.transports.split(","):
-            flags = ["--transport", transport, *arguments.flags.split()]
+            trace = Path(directory) / f"{transport}.trace"
+            flags = ["--transport", transport, "--handover-trace", str(trace)]
+            flags += arguments.flags.split()
             process, address = start(model, flags, Path(directory) / f"{transport}.log")
             try:
                 idle = asyncio.run(one_at_a_time(address, lengths, shape.vocab_size))
                 table(idle)
-                loaded = []
+                alone, seen = handover_phases(trace, 0)
+                table(alone)
+                loaded, under_load = [], []
                 for rate in filter(None, arguments.rates.split(",")):
                     row = asyncio.run(
                         arrivals(address, float(rate), arguments.duration, shape.vocab_size)
                     )
                     loaded.append(row)
+                    rows, seen = handover_phases(trace, seen)
+                    under_load += rows
                 table(loaded)
-                results[transport] = {"one_at_a_time": idle, "poisson": loaded}
+                table(under_load)
+                results[transport] = {
+                    "one_at_a_time": idle,
+                    "handover_alone": alone,
+                    "poisson": loaded,
+                    "handover_under_load": under_load,
+                }
             finally:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait(timeout=60)

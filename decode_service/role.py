@@ -26,6 +26,7 @@ from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 from worker.engine_role import FAILURE_CODES, EngineRole, split_rid, told
+from worker.handover_trace import ARRIVED, CHECKED, DECODED, JOINED, LAUNCHED
 
 DEFAULT_WAIT_S = 30.0
 """How long a request may wait for memory where the router names no limit."""
@@ -281,6 +282,7 @@ class DecodeRole(EngineRole):
         if landing is None:
             return
         started = time.monotonic()
+        self.trace.mark(rid, ARRIVED, started)
         try:
             if not landing.pages:
                 count = self.parts.layout.pages_of(landing.req.seqlen)
@@ -298,6 +300,7 @@ class DecodeRole(EngineRole):
         self.agent.accept(rid, [page.position for page in event.pages])
         landing.verified = time.monotonic()
         landing.verify_s = landing.verified - started
+        self.trace.mark(rid, CHECKED, landing.verified)
         landing.accepted.update(page.position for page in event.pages)
         self._join_if_whole(rid, landing)
 
@@ -343,6 +346,7 @@ class DecodeRole(EngineRole):
             return
         del self._landings[rid]
         landing.completed = time.monotonic()
+        self.trace.mark(rid, JOINED, landing.completed)
         self._joined[rid] = landing
         self.scheduler.add_prebuilt(landing.req, landing.pages, landing.first_token)
 
@@ -360,6 +364,8 @@ class DecodeRole(EngineRole):
         if landing is None:
             return worker_pb2.WorkerTiming()
         now, forward = time.monotonic(), landing.req.t_first_decode
+        self.trace.mark(rid, LAUNCHED, forward)
+        self.trace.mark(rid, DECODED, now)
         return worker_pb2.WorkerTiming(
             verify_ms=landing.verify_s * 1e3,
             transfer_tail_ms=(landing.completed - landing.verified) * 1e3,

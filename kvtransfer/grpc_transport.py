@@ -63,8 +63,9 @@ class GrpcTransport(Transport):
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, any device; `outbox` and `landing`: shared memory,
         [slots, page_bytes] uint8. `further_landing`: the slots of all windows that there may be,
-        where the worker's own further windows are not shared memory. `submit` and `send` pass an order or a (peer, message) to the
-        front; they are called on the transfer thread and must not block for long."""
+        where the worker's own further windows are not shared memory. `submit` and `send` pass an
+        order or a (peer, message) to the front; they are called on the transfer thread and must
+        not block for long."""
         self.landing = landing
         self._further_landing = further_landing
         self._pool = pool

@@ -30,7 +30,7 @@ from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import beat_s
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.states import TransferFailure, Trigger, advance
+from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import LandedPage, Ticket
 from kvtransfer.windows import LandingWindows
 from protos.baton.v1 import kv_pb2
@@ -79,6 +79,11 @@ class Receiver:
     def active(self) -> int:
         """Transfers that are neither complete nor failed."""
         return len(self._live_ids)
+
+    @property
+    def receiving(self) -> bool:
+        """Whether pages of some transfer have come and others are to come; transfer thread."""
+        return any(e.state is TransferState.RECEIVING for e in self._by_ticket.values())
 
     def unfit(self, pages: WriterPages) -> str:
         """Why a peer that writes such pages cannot be served; empty where it can."""

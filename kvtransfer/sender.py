@@ -25,7 +25,9 @@ from kvtransfer.transport import SealCheck, WriteId
 from protos.baton.v1 import kv_pb2
 
 MAX_WRITE_PAGES = 32
-"""Pages a write: several writes of a prompt let decode verify the first while the last travel."""
+WRITE_BYTES = 64 << 20
+"""Most pages of a write, and about as many bytes: several writes of a prompt let decode check the
+first while the last travel, so that little is left to check when all have landed."""
 
 
 class Sender:
@@ -45,6 +47,7 @@ class Sender:
         """`pool`: [pages, page_bytes] uint8, the source of every page; None where the worker only
         receives."""
         self._instance_id = instance_id
+        self._write_pages = max(1, min(MAX_WRITE_PAGES, WRITE_BYTES // layout.page_bytes))
         self._layout = layout
         self._pool = pool
         self._links = links
@@ -138,8 +141,8 @@ class Sender:
         ]
         rows = self._layout.row_bytes * 2
         part = (layers.start * rows, layers.stop * rows)
-        for start in range(0, len(chosen), MAX_WRITE_PAGES):
-            some = chosen[start : start + MAX_WRITE_PAGES]
+        for start in range(0, len(chosen), self._write_pages):
+            some = chosen[start : start + self._write_pages]
             copies = [(early.page, early.slot) for early in some]
             message = messages.written(out.ticket, (), so_far=out.pages_written)
             try:
@@ -351,9 +354,9 @@ class Sender:
             if not early or out.early[early[0].position].layers == begun.layers:
                 early.append(page)
         if early:
-            return early[:MAX_WRITE_PAGES]
+            return early[: self._write_pages]
         whole = (page for page in out.pending if page.position not in out.early)
-        return list(islice(whole, min(len(out.credits), MAX_WRITE_PAGES)))
+        return list(islice(whole, min(len(out.credits), self._write_pages)))
 
     def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""

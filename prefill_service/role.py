@@ -22,6 +22,7 @@ from prefill_service.seals import SealStore, StaleSourceError
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 from worker.engine_role import FAILURE_CODES, EngineRole, make_rid, told
+from worker.handover_trace import COMPUTED, PUSHED, SEALED
 
 
 @dataclass(slots=True)
@@ -198,7 +199,11 @@ class PrefillRole(EngineRole):
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
         # Sealed whatever becomes of the request: the prefix cache may lend its pages to another.
+        if prompt_done:
+            self.trace.mark(req.rid, COMPUTED)
         fresh = self._seal_new_pages(req, prompt_done=prompt_done)
+        if prompt_done:
+            self.trace.mark(req.rid, SEALED)
         handover = self._handovers.get(req.rid)
         if handover is None or handover.ticket is None or handover.given_up:
             return
@@ -217,6 +222,7 @@ class PrefillRole(EngineRole):
             return
         if prompt_done and token is not None:
             self.agent.complete(req.rid, token)
+            self.trace.mark(req.rid, PUSHED)
 
     def _seal_new_pages(self, req: Req, *, prompt_done: bool) -> range:
         """Extends the request's chain over the pages that this extend made whole (at the prompt's

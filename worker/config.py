@@ -169,6 +169,10 @@ class WorkerConfig:
     verify_kv: bool = True
     """Compare every page's digest on both sides of the handover."""
 
+    handover_trace: str = ""
+    """File to which the engine appends a line an event of each handover, for measurements on one
+    host (bench/end_to_end.py). Empty: none."""
+
     threads: int = 0
     """CPU threads for computation; 0: the cores, shared among workers of `baton up`."""
 

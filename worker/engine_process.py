@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,10 @@ _LEAST_HOLD_S = 0.0003
 _LONGEST_HOLD_S = 0.002
 """After which it is asked again: a step may end before it was expected to."""
 
+_SWITCH_INTERVAL_S = 0.0005
+"""Longest that one thread of the engine computes in Python while another waits to: Python's 5 ms
+would keep a page that has landed, or a write that has ended, waiting for most of a decode step."""
+
 EXIT_FRONT_GONE = 3
 
 RoleFactory = Callable[[EngineParts], EngineRole]
@@ -44,6 +49,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     # Ctrl-C reaches the whole process group: the front drains, then tells the engine to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     channel_fd, window_fd, outbox_fd = map(int, arguments)
     channel = EngineChannel(
         socket.socket(fileno=channel_fd), on_closed=lambda: os._exit(EXIT_FRONT_GONE)

@@ -22,6 +22,7 @@ from kvtransfer.geometry import KvGeometry
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2
 from worker.engine_parts import EngineParts
+from worker.handover_trace import HandoverTrace
 
 STATUS_INTERVAL_S = 1.0
 """How often a busy engine tells its front its load. Pages are recounted when somebody asks and when
@@ -79,6 +80,7 @@ class EngineRole(SchedulerRole):
         self.agent = parts.agent
         self.arrivals: dict[RequestId, float] = {}
         """Live requests of this engine: time.monotonic() seconds of their arrival."""
+        self.trace = HandoverTrace(parts.config.handover_trace)
         self.draining = False
         self._unreported: set[RequestId] = set()
         """Requests whose first output from here has not been sent."""
