@@ -17,7 +17,17 @@ class TokenMask:
     masks: Callable[[], torch.Tensor]
     """Gives [r, words] int32 on the logits' device, bit `t % 32` of word `t // 32` for token `t`.
     Called once a step, when the forward was launched: the host computes masks while the device
-    computes logits."""
+    computes logits. May wait for the steps before, as the masks depend on what they drew."""
+
+    def after(self, tokens_known: Callable[[], None]) -> TokenMask:
+        """The same, once `tokens_known` has returned: it sees to it that the draws of all steps
+        before have reached their grammars."""
+
+        def masks() -> torch.Tensor:
+            tokens_known()
+            return self.masks()
+
+        return TokenMask(rows=self.rows, masks=masks)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Sets the logits [b, vocab] float32 of tokens that may not be drawn to -inf, in place."""

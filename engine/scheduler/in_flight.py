@@ -38,9 +38,8 @@ class LaunchedStep:
     """Of the first requests, which extend; those after them decode."""
     top: TopRows | None
     prompt_targets: PromptTargets | None
-    result: PendingResult
-    needs_tokens: bool
-    """Somebody's next draw depends on this step's token (a grammar): it must be handled first."""
+    result: PendingResult = field(init=False)
+    """Set when the whole step is launched."""
     launched_at: float
     """time.monotonic() seconds."""
     split_reqs: list[Req] = field(default_factory=list)
@@ -63,11 +62,19 @@ class StepsInFlight:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def launched(self, batch: ScheduleBatch, result: ForwardResult) -> None:
-        """A batch's step is on its way."""
+    def begin(self, batch: ScheduleBatch) -> LaunchedStep:
+        """A batch's step is about to be launched. It counts from now on, as the steps before may be
+        handled half-way through its launch: where a grammar decides what may be drawn, the layers
+        are launched first, and the draw when the tokens before are known."""
         for req in batch.reqs:
             req.in_flight += 1
-        self._steps.append(_step_of(batch, extend_spans(batch), result))
+        step = _step_of(batch, extend_spans(batch))
+        self._steps.append(step)
+        return step
+
+    def launched(self, step: LaunchedStep, batch: ScheduleBatch, result: ForwardResult) -> None:
+        """All of it is on its way."""
+        step.result = result.start_copy()
         self.clock.launched(
             time.monotonic(), tokens=batch.num_input_tokens, decode=batch.forward_mode.is_decode()
         )
@@ -83,10 +90,11 @@ class StepsInFlight:
     ) -> None:
         """Some layers `of` all of a batch's step are on their way; whoever splits it has counted
         its requests as in flight."""
-        step = _step_of(batch, spans, result)
+        step = _step_of(batch, spans)
+        step.result = result.start_copy()
         step.split_reqs, step.layers = batch.reqs, layers
         if layers.stop < of:
-            step.reqs, step.prompt_targets, step.needs_tokens = [], None, False
+            step.reqs, step.prompt_targets = [], None
         self._steps.append(step)
         share = len(layers) / of
         self.clock.launched(time.monotonic(), tokens=batch.num_input_tokens * share, decode=False)
@@ -118,11 +126,6 @@ class StepsInFlight:
         return 0.0 if hold_s > 0 and self._steps[0].result.ready() else hold_s
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether no step may be prepared before all of these are handled."""
-        return any(step.needs_tokens for step in self._steps)
-
-    @property
     def parked_pages(self) -> list[int]:
         """For the audit: pages that wait for a step's end."""
         return [page for step in self._steps for page in step.parked_pages]
@@ -148,13 +151,11 @@ def extend_spans(batch: ScheduleBatch) -> list[ExtendSpan]:
     ]
 
 
-def _step_of(batch: ScheduleBatch, spans: list[ExtendSpan], result: ForwardResult) -> LaunchedStep:
+def _step_of(batch: ScheduleBatch, spans: list[ExtendSpan]) -> LaunchedStep:
     return LaunchedStep(
         reqs=batch.reqs,
         spans=spans,
         top=batch.sampling.top if batch.sampling is not None else None,
         prompt_targets=batch.prompt_targets,
-        result=result.start_copy(),
-        needs_tokens=batch.sampling is not None and batch.sampling.needs_tokens,
         launched_at=time.monotonic(),
     )

@@ -97,7 +97,7 @@ class Req:
         """Name space of the prefix cache."""
         self.grammar: GrammarMatcher | None = None
         """Where its grammar stands after `output_ids`; None: it has none, or it compiles still.
-        A step that draws for it needs the previous token first (scheduling.md section 7)."""
+        A draw for it needs the previous token first (scheduling.md section 7)."""
 
         self.phase = RequestPhase.WAITING
         self.finish_reason: FinishReason | None = None

@@ -6,7 +6,7 @@ step builds no tensor here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,16 +123,17 @@ class SamplingState:
         """`drawn` [b] int64, the tokens drawn last, are inputs of the next step."""
         self._edits.count(drawn)
 
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether the next draw depends on the tokens drawn last (a grammar's mask does)."""
-        return self._grammars.mask is not None
-
-    def at(self, position: torch.Tensor) -> SamplingBatch:
-        """The batch for drawing tokens at `position` ([b] int64, absolute)."""
-        edits = self._edits.edits
-        if self._grammars.mask is not None:
-            edits = replace(edits or LogitEdits(), mask=self._grammars.mask)
+    def at(
+        self, position: torch.Tensor, tokens_known: Callable[[], None] | None = None
+    ) -> SamplingBatch:
+        """The batch for drawing tokens at `position` ([b] int64, absolute). `tokens_known` is
+        called before the masks of grammars are computed, which depend on the tokens drawn last;
+        None: all of them are known."""
+        edits, mask = self._edits.edits, self._grammars.mask
+        if mask is not None:
+            if tokens_known is not None:
+                mask = mask.after(tokens_known)
+            edits = replace(edits or LogitEdits(), mask=mask)
         return SamplingBatch(
             temperature=self._temperature,
             top_p=self._top_p,

@@ -8,7 +8,7 @@ nothing is ever read back from the device here.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -205,8 +205,8 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
         self.extend_num_tokens += running_bs
         self.extend_logprob_start_lens.extend([0] * running_bs)
 
-    def to_forward_batch(self) -> ForwardBatch:
-        """The prepared step as the runner takes it."""
+    def to_forward_batch(self, tokens_known: Callable[[], None] | None = None) -> ForwardBatch:
+        """The prepared step as the runner takes it. `tokens_known`: see `SamplingState.at`."""
         if self.sampling is None:
             raise EngineError("a batch must be prepared before it runs")
         seq_lens = [req.kv_committed_len for req in self.reqs]
@@ -223,7 +223,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             extend_lens=[1] * len(seq_lens) if decode else list(self.extend_lens),
             req_to_token=self.req_to_token_pool.req_to_token,
             # The token drawn follows all those with KV, so its position is their number.
-            sampling=self.sampling.at(self.seq_lens),
+            sampling=self.sampling.at(self.seq_lens, tokens_known),
             prompt_targets=self.prompt_targets,
         )
 

@@ -76,17 +76,20 @@ class Scheduler(SchedulerRequests):
         if batch is self._split.batch:
             self._lifecycle.events.num_input_tokens += self._split.launch_part()
             return
-        result = self.runner.forward(batch.to_forward_batch())
+        step = self._in_flight.begin(batch)
+        # Where a grammar has a say, the draw waits for the tokens before; the layers do not.
+        result = self.runner.forward(
+            batch.to_forward_batch(tokens_known=lambda: self._settle_outstanding(but=1))
+        )
         batch.output_ids = result.next_token_ids
-        self._in_flight.launched(batch, result)
+        self._in_flight.launched(step, batch, result)
         self._lifecycle.events.num_input_tokens += batch.num_input_tokens
 
     def _settle_outstanding(self, *, but: int = 0) -> None:
         """Handles the results of launched steps, oldest first, until `but` are left.
 
         Called with 0, and at the price of this pass's overlap, wherever outputs must be known to
-        the last token: before a retraction or a preemption, since the outputs are prompt then, and
-        before a step in which a grammar decides what may be drawn.
+        the last token: before a retraction or a preemption, since the outputs are prompt then.
         """
         while len(self._in_flight) > but:
             self._results.process_oldest()
@@ -94,7 +97,7 @@ class Scheduler(SchedulerRequests):
 
     def get_next_batch_to_run(self) -> ScheduleBatch | None:
         """Section 1. A new prefill goes first; otherwise the running batch decodes."""
-        if self._in_flight.needs_tokens or self._may_preempt():
+        if self._may_preempt():
             self._settle_outstanding()
         self._settle_aborts()
         self.memory.check_hicache_events()

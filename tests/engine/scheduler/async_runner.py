@@ -6,6 +6,9 @@ them for real ones. A step runs, in launch order, when its result is waited for.
 pages must stay those of the launch: a page that is free or was granted again in between is an
 error, as it would be for a device that still reads it.
 
+The masks of grammars are asked for at a step's launch, as a real runner does behind the layers:
+whatever they depend on must be known then, or made known.
+
 Batches with penalties count their drawn tokens in place, which no placeholder can do: with
 `late=False` steps run at their launch, and only their results come late.
 """
@@ -22,6 +25,7 @@ from engine.execution.forward_batch import (
     ForwardResult,
     SplitRunner,
 )
+from engine.execution.token_mask import TokenMask
 from engine.memory.pools import MemoryPools
 
 
@@ -74,6 +78,8 @@ class AsyncRunner:
         self._launched: deque[Launched] = deque()
         self._results: dict[int, ForwardResult] = {}
         self._tokens: dict[int, int] = {}
+        self._masks: dict[int, torch.Tensor] = {}
+        """Of launched steps with grammars."""
         self._steps = 0
         self._draws = 0
 
@@ -112,14 +118,23 @@ class AsyncRunner:
             placeholders = -torch.arange(self._draws + 1, self._draws + draws + 1)
             self._draws += draws
             shown = ForwardResult(placeholders, None)
-            run = self._later(step, replace(batch, req_to_token=batch.req_to_token.clone()))
+            as_launched = replace(batch, req_to_token=batch.req_to_token.clone())
+            run = self._later(step, as_launched, self._steps)
         else:
             shown = step(batch)
             placeholders = shown.next_token_ids[:0]
             run = _already(shown)
-        self._launched.append(Launched(self._steps, run, self._generations(batch), placeholders))
+        number = self._steps
+        self._launched.append(Launched(number, run, self._generations(batch), placeholders))
         self.deepest = max(self.deepest, len(self._launched))
-        return LateResult(shown.next_token_ids, None, copy=LateCopy(self, self._steps))
+        if draws and self._late:
+            self._fetch_masks(number, batch)
+        return LateResult(shown.next_token_ids, None, copy=LateCopy(self, number))
+
+    def _fetch_masks(self, number: int, batch: ForwardBatch) -> None:
+        edits = batch.sampling.edits
+        if edits is not None and edits.mask is not None:
+            self._masks[number] = edits.mask.masks().clone()
 
     def result_of(self, number: int) -> ForwardResult:
         """Runs all steps up to `number`, and none after it."""
@@ -147,13 +162,25 @@ class AsyncRunner:
             self._check_pages(step)
 
     def _later(
-        self, step: Callable[[ForwardBatch], ForwardResult], batch: ForwardBatch
+        self,
+        step: Callable[[ForwardBatch], ForwardResult],
+        batch: ForwardBatch,
+        number: int,
     ) -> Callable[[], ForwardResult]:
         def run() -> ForwardResult:
             ids = [self._tokens[i] if i < 0 else i for i in batch.input_ids.tolist()]
-            return step(replace(batch, input_ids=torch.tensor(ids, dtype=torch.int64)))
+            known = replace(batch, input_ids=torch.tensor(ids, dtype=torch.int64))
+            return step(self._with_masks(known, number))
 
         return run
+
+    def _with_masks(self, batch: ForwardBatch, number: int) -> ForwardBatch:
+        masks, edits = self._masks.pop(number, None), batch.sampling.edits
+        if masks is None or edits is None or edits.mask is None:
+            return batch
+        mask = TokenMask(rows=edits.mask.rows, masks=lambda: masks)
+        sampling = replace(batch.sampling, edits=replace(edits, mask=mask))
+        return replace(batch, sampling=sampling)
 
     def _generations(self, batch: ForwardBatch) -> dict[int, int]:
         pages: set[int] = set()

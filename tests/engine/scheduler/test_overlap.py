@@ -1,15 +1,17 @@
 """Overlap (scheduling.md section 7): the same outputs, and no page changes hands too early."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.execution.forward_batch import ForwardMode
+from engine.grammar.backend import GrammarMatcher
 from engine.memory.page_allocator import PageAllocator
 from engine.scheduler.lifecycle import RequestLifecycle
 from engine.scheduler.req import FinishReason, Req, RequestPhase
@@ -18,6 +20,7 @@ from engine.types import RequestId
 from tests.engine.scheduler.async_runner import PageTakenAwayError
 from tests.engine.scheduler.drawn import SamplingRunner, wanted
 from tests.engine.scheduler.handover import FakePrefillRole
+from tests.engine.scheduler.machine.grammars import StubBackend
 from tests.engine.scheduler.stub import EOS, VOCAB, Engine, make_req, next_token, undisturbed
 
 A = RequestId("a")
@@ -264,29 +267,40 @@ def test_a_prebuilt_request_joins_and_continues_from_the_second_token() -> None:
     assert engine.tokens("other") == undisturbed(other)
 
 
-def test_a_token_that_a_grammar_decides_waits_for_the_one_before() -> None:
-    class Anything:
-        """A grammar that allows all; what matters here is when its draws are launched."""
+class Anything(GrammarMatcher):
+    """A grammar that allows all; what matters here is when its masks are asked for."""
 
-        is_complete = False
-        error = None
+    is_complete = False
 
-        def advance(self, token: int) -> None: ...
+    def __init__(self) -> None:
+        self.backend = StubBackend()
+        self.backend.fill_masks = self.fill_masks  # type: ignore[method-assign]
+        self.known = 0
+        self.known_at_each_draw: list[int] = []
 
-    for grammar, deepest in ((None, 2), (Anything(), 1)):
-        engine = Engine(overlap=True)
-        req = make_req("a", [1, 2, 3], max_new_tokens=6)
-        engine.add(req)
-        req.grammar = grammar  # type: ignore[assignment]
-        for _ in range(3):
-            batch = engine.scheduler.get_next_batch_to_run()
-            assert batch is not None
-            if grammar is not None:
-                assert req.in_flight == 0
-            engine.scheduler._launch(batch)
-            engine.scheduler.last_batch = batch
-            engine.scheduler._settle_outstanding(but=1)
-        assert engine.device.deepest == deepest
+    def advance(self, token: int) -> None:
+        self.known += 1
+
+    def fill_masks(self, matchers: Sequence[GrammarMatcher], masks: torch.Tensor) -> None:
+        self.known_at_each_draw.append(self.known)
+        masks.fill_(-1)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_draw_under_a_grammar_waits_for_the_token_before_and_the_layers_do_not(
+    mixed: bool,
+) -> None:
+    engine = Engine(overlap=True, mixed=mixed)
+    grammar = Anything()
+    req = make_req("a", [1, 2, 3], max_new_tokens=6)
+    engine.add(req, make_req("b", [4, 5], max_new_tokens=9))
+    req.grammar = grammar
+    engine.step()
+    engine.add(make_req("late", [6] * 20, max_new_tokens=2))
+    engine.drain()
+    assert grammar.known_at_each_draw == list(range(6))
+    assert engine.device.deepest == 2
+    assert [len(engine.tokens(rid)) for rid in ("a", "b", "late")] == [6, 9, 2]
 
 
 def test_sampled_requests_draw_alike() -> None:
