@@ -27,7 +27,7 @@ class TreeNode:
 
     __slots__ = ("children", "hit_count", "host_pages", "hosted_children", "in_heap",
                  "in_host_heap", "last_access", "lock_ref", "namespace", "pages", "parent",
-                 "resident_children", "tokens", "transfer")  # fmt: skip
+                 "resident_children", "tokens", "transfer", "worth")  # fmt: skip
 
     def __init__(
         self,
@@ -48,6 +48,8 @@ class TreeNode:
         self.last_access = 0
         self.hit_count = 0
         """Requests that were admitted with this prefix; both parts of a split keep it."""
+        self.worth = 0
+        """By which the least often used goes first: its uses, and the cache's age at the last."""
         self.in_heap = False
         self.host_pages: list[int] = []
         self.resident_children = 0

@@ -42,6 +42,10 @@ class RadixCache(BasePrefixCache):
         self._evictable_pages = 0
         self._protected_pages = 0
         self._clock = 0
+        self._age = 0
+        """Worth of what was evicted last under `lfu`. What is used from now on counts from here, so
+        that uses of long ago weigh less and less: a prefix used n times outlives what came after it
+        about n turnovers of the cache, not for ever."""
         # Candidates for eviction as (key, entry number, node). Entries may be stale: a
         # node is looked at again when it comes up, which keeps locking and matching O(depth).
         self._heap: list[tuple[tuple[int, int], int, TreeNode]] = []
@@ -73,7 +77,7 @@ class RadixCache(BasePrefixCache):
         new_pages = list(pages[known:])
         if new_pages:
             leaf = TreeNode(parent=node, tokens=tokens[known * self.page_size :], pages=[])
-            leaf.last_access = self._clock
+            leaf.last_access, leaf.worth = self._clock, self._age + 1
             node.children[tuple(leaf.tokens[: self.page_size])] = leaf
             self._put_on_device(leaf, new_pages)
             node = leaf
@@ -140,7 +144,8 @@ class RadixCache(BasePrefixCache):
         cut = num_pages * self.page_size
         upper = TreeNode(parent=parent, tokens=node.tokens[:cut], pages=node.pages[:num_pages])
         upper.lock_ref = node.lock_ref
-        upper.last_access, upper.hit_count = node.last_access, node.hit_count
+        upper.last_access = node.last_access
+        upper.hit_count, upper.worth = node.hit_count, node.worth
         parent.children[tuple(upper.tokens[: self.page_size])] = upper
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[num_pages:], upper
         upper.children[tuple(node.tokens[: self.page_size])] = node
@@ -187,17 +192,19 @@ class RadixCache(BasePrefixCache):
             if not self._is_leaf(node) or node.lock_ref > 0 or node.parent is None:
                 continue  # offered again once it is an unlocked leaf
             if key == self._eviction_key(node):
+                self._age = max(self._age, key[0])
                 return node
             self._offer(node)
         return None
 
     def _eviction_key(self, node: TreeNode) -> tuple[int, int]:
-        """Smaller goes first. Of leaves used equally often, the least recently used one."""
-        return (node.hit_count if self._by_hits else 0, node.last_access)
+        """Smaller goes first. Of leaves worth the same, the least recently used one."""
+        return (node.worth if self._by_hits else 0, node.last_access)
 
     def record_hit(self, node: TreeNode) -> None:
         while node.parent is not None:
             node.hit_count += 1
+            node.worth = self._age + 1 + node.hit_count
             node = node.parent
 
     def _trim(self, leaf: TreeNode, num_pages: int) -> list[int]:

@@ -110,24 +110,44 @@ def test_in_the_engine_a_system_prompt_survives_a_flood() -> None:
     assert survivors == {"lru": 0, "lfu": 4}
 
 
+def test_what_was_used_often_once_does_not_stay_for_ever() -> None:
+    cache = make_cache(pages=4)
+    keep(cache, [1] * 2)
+    use(cache, [1] * 2, 10)
+    turnovers = 0
+    while cached(cache, [1] * 2):
+        for number in range(3):
+            if not cache.allocator.free_pages:
+                cache.evict(PAGE)
+            keep(cache, [2 + turnovers * 3 + number] * 2)
+        turnovers += 1
+        assert turnovers < 20
+    assert turnovers > 8
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["keep", "use", "evict"]), st.integers(0, 9)), max_size=60)
 )
-def test_single_pages_go_in_the_order_of_a_plain_count(moves: list[tuple[str, int]]) -> None:
+def test_single_pages_go_in_the_order_of_a_plain_count_that_ages(moves: list[tuple[str, int]]) -> None:
     cache = make_cache()
     hits: dict[int, int] = {}
+    worth: dict[int, int] = {}
+    age = 0
     last: dict[int, int] = {}
     for now, (move, which) in enumerate(moves):
         if move == "keep":
             keep(cache, [which] * PAGE)
-            hits.setdefault(which, 0)
+            if which not in hits:
+                hits[which], worth[which] = 0, age + 1
             last[which] = now
         elif move == "use" and which in hits:
             use(cache, [which] * PAGE)
             hits[which] += 1
+            worth[which] = age + 1 + hits[which]
             last[which] = now
         elif move == "evict" and hits:
-            gone = min(hits, key=lambda key: (hits[key], last[key]))
+            gone = min(hits, key=lambda key: (worth[key], last[key]))
+            age = max(age, worth[gone])
             cache.evict(PAGE)
             del hits[gone], last[gone]
         children = {node.tokens[0] for _, node in cache._nodes() if node.parent is not None}
