@@ -146,6 +146,7 @@ class HostBackedTree(RadixCache):
 
     def _remove_subtree(self, node: TreeNode) -> None:
         """Takes `node`, which is not on the device, and all below it out of the tree."""
+        self.version += 1
         parent = self._parent(node)
         del parent.children[tuple(node.tokens[: self.page_size])]
         if node.host_pages:

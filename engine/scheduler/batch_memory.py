@@ -14,6 +14,7 @@ from engine.memory.page_allocator import AllocatorState, PageAllocator
 from engine.memory.pools import MemoryPools
 from engine.memory.prefix_cache import BasePrefixCache
 from engine.memory.req_to_token import ReqToTokenPool
+from engine.scheduler.growth import Growth
 from engine.scheduler.req import Req
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class BatchMemory:
     forward_mode: ForwardMode = ForwardMode.IDLE
     _growing: list[int] | None = field(default=None, init=False)
     """`rows_that_need_a_page` as last counted, while members and lengths are the same."""
+    _growth: Growth | None = field(default=None, init=False)
+    """`growth` as last counted, while members are the same and each takes every token."""
 
     @abstractmethod
     def filter_batch(
@@ -135,6 +138,18 @@ class BatchMemory:
             )
 
     # ---- decode memory
+
+    def growth(self) -> Growth:
+        """What the members may still produce."""
+        if self._growth is None:
+            self._growth = Growth.of(self.reqs)
+        return self._growth
+
+    def on_results(self, reqs: list[Req]) -> None:
+        """Called when a step's results are handled, which `reqs` took part in."""
+        if self._growth is not None:
+            steady = reqs is self.reqs
+            self._growth = self._growth.after_a_token_each() if steady else None
 
     def rows_that_need_a_page(self) -> list[int]:
         """Places of the requests whose last page is full. Counted once a step."""

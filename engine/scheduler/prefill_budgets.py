@@ -9,7 +9,7 @@ from enum import Enum, auto
 
 from engine.memory.page_allocator import PageAllocator
 from engine.memory.prefix_cache import BasePrefixCache
-from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
+from engine.scheduler.growth import Growth
 from engine.scheduler.req import Req
 from engine.scheduler.schedule_batch import ScheduleBatch
 from engine.scheduler.shared_prefixes import SharedPrefixes
@@ -65,7 +65,9 @@ class PrefillBudgets:
         self.rem_chunk_tokens = rem_chunk_tokens
         if self.rem_chunk_tokens is not None:
             self.rem_chunk_tokens -= mixed_with_decode_tokens
-        self._total_offset = mixed_with_decode_tokens + self._growth_of(running_batch.reqs)
+        self._total_offset = mixed_with_decode_tokens + running_batch.growth().tokens(
+            new_token_ratio
+        )
         self._cur_offset = mixed_with_decode_tokens
 
         self.can_run_list: list[Req] = []
@@ -116,18 +118,7 @@ class PrefillBudgets:
         return 1 if self.prefill_only else req.clipped_new_tokens
 
     def _growth_of(self, reqs: Iterable[Req]) -> float:
-        """Sum of `_expected_growth`, written out: every pass asks it of every running request."""
-        expected = certain = 0
-        for req in reqs:
-            left = req.max_new_tokens - len(req.output_ids)
-            if left > CLIP_MAX_NEW_TOKENS:
-                left = CLIP_MAX_NEW_TOKENS
-            if left > 0:
-                if req.sampling_params.ignore_eos:
-                    certain += left
-                else:
-                    expected += left
-        return certain + expected * self.new_token_ratio
+        return Growth.of(reqs).tokens(self.new_token_ratio)
 
     def _expected_growth(self, req: Req) -> float:
         ratio = 1.0 if req.sampling_params.ignore_eos else self.new_token_ratio

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from engine.errors import EngineError
 from engine.grammar.backend import GrammarMatcher
 from engine.memory.chain_hash import namespace_key
-from engine.memory.prefix_cache import BasePrefixCache, TreeNode
+from engine.memory.prefix_cache import BasePrefixCache, PrefixMatch, TreeNode
 from engine.sampling_params import SamplingParams
 from engine.scheduler.config import CLIP_MAX_NEW_TOKENS
 from engine.scheduler.logprobs import PromptToken
@@ -86,6 +86,7 @@ class Req:
         self.ending_token_ids = sampling_params.stop_token_ids | frozenset(eos_token_ids)
         """What may not be drawn before `min_tokens`; with ignore_eos, too, that is a text without
         an end in it."""
+        self.wants_only_tokens = not sampling_params.wants_logprobs
         self.max_new_tokens = sampling_params.max_new_tokens
         """All outputs, replayed ones included; the scheduler lowers it to the context's end."""
         self.priority = priority
@@ -119,6 +120,8 @@ class Req:
         """Tokens right behind the match whose KV is in host memory only."""
         self.last_host_node: TreeNode | None = None
         """The tree node where those end."""
+        self._last_match: tuple[tuple[int, int], PrefixMatch] | None = None
+        """The prefix found last, with the tree's version and the number of tokens looked up."""
         self.kv_committed_len = 0
         """Tokens whose KV exists, or is written by a launched step. With overlap that may be one
         token more than are known."""
@@ -224,7 +227,7 @@ class Req:
             end = self.seqlen - 1
             if computed_here and self.wants_prompt_logprobs:
                 end = 0
-            match = tree_cache.match_prefix(self.token_ids(end), self.extra_key)
+            match = self._match(tree_cache, end)
             self.pages = list(match.pages)
             self.last_node = match.last_node
             self.tree_len = self.kv_committed_len = len(match.pages) * tree_cache.page_size
@@ -234,9 +237,19 @@ class Req:
         self.prefix_len = self.kv_committed_len
         self.extend_input_len = self.seqlen - self.prefix_len
 
+    def _match(self, tree_cache: BasePrefixCache, end: int) -> PrefixMatch:
+        """Whoever waits for memory is looked at in every pass, and finds the same until the tree
+        has changed."""
+        asked = (tree_cache.version, end)
+        if self._last_match is None or self._last_match[0] != asked:
+            match = tree_cache.match_prefix(self.token_ids(end), self.extra_key)
+            self._last_match = (asked, match)
+        return self._last_match[1]
+
     def begin_extend(self) -> None:
         """Called when an extend that was admitted is about to run."""
         self.phase = RequestPhase.RUNNING
+        self._last_match = None
         if self.t_first_forward == 0.0:
             self.t_first_forward = time.monotonic()
             self.cached_tokens = self.prefix_len

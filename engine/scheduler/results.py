@@ -1,7 +1,7 @@
 """Turns what the device drew into outputs, endings and handovers."""
 
 from engine.memory.pools import MemoryPools
-from engine.scheduler.in_flight import ExtendSpan, StepsInFlight
+from engine.scheduler.in_flight import ExtendSpan, LaunchedStep, StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
 from engine.scheduler.logprobs import Alternatives, read_top, take_prompt_logprobs
 from engine.scheduler.req import FinishReason, Req
@@ -25,7 +25,7 @@ class ResultProcessor:
         self._role = role
         self._in_flight = in_flight
 
-    def process_oldest(self) -> None:
+    def process_oldest(self) -> LaunchedStep:
         """Waits for the oldest launched step and hands out what it drew. A request that was
         launched once more than it lived is passed over; its pages go back with the last step.
         """
@@ -41,7 +41,22 @@ class ResultProcessor:
         if spans:
             take_prompt_logprobs(step.reqs, step.prompt_targets, result.prompt)
         ended = self._lifecycle.on_step_ended
+        outputs = self._lifecycle.events.outputs
         for i, (req, token, logprob) in enumerate(zip(step.reqs, tokens, logprobs, strict=True)):
+            if (
+                i >= len(spans)
+                and req.wants_only_tokens
+                and req.grammar is None
+                and req.finish_reason is None
+                and req.t_first_token
+                and token not in req.stop_token_ids
+                and len(req.output_ids) + 1 < req.max_new_tokens
+            ):
+                # `_take_token`, written out for the many tokens that are nothing but the next one.
+                req.in_flight -= 1
+                req.output_ids.append(token)
+                outputs.append(TokenOutput(req.rid, token, len(req.output_ids) - 1))
+                continue
             if req.finish_reason is not None:
                 if i < len(spans) and not self._role.decodes:
                     # Nobody told the role of these pages, so the tree must not lend them.
@@ -55,6 +70,7 @@ class ResultProcessor:
                 self._take_token(req, token, logprob, top.get(i, ()))
                 if req.finish_reason is not None:
                     self._lifecycle.finish(req)
+        return step
 
     def _process_extend(
         self, req: Req, span: ExtendSpan, token: int, logprob: float | None, top: Alternatives

@@ -261,7 +261,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             ]
         if len(keep_indices) == len(self.reqs):
             return
-        self._growing = None
+        self._growing = self._growth = None
         keep = to_device(keep_indices, self.device)
         self.reqs = [self.reqs[i] for i in keep_indices]
         self.req_pool_indices = self.req_pool_indices[keep]
@@ -276,7 +276,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     def merge_batch(self, other: ScheduleBatch) -> None:
         """Appends the members of `other`, which must not be used afterwards."""
         self.reqs = self.reqs + other.reqs
-        self._growing = None
+        self._growing = self._growth = None
         self._steps_left = 0
         self.req_pool_indices = torch.cat([self.req_pool_indices, other.req_pool_indices])
         self.seq_lens = torch.cat([self.seq_lens, other.seq_lens])

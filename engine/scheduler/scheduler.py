@@ -92,7 +92,7 @@ class Scheduler(SchedulerRequests):
         the last token: before a retraction or a preemption, since the outputs are prompt then.
         """
         while len(self._in_flight) > but:
-            self._results.process_oldest()
+            self.running_batch.on_results(self._results.process_oldest().reqs)
             self._lifecycle.events.num_handled += 1
 
     def get_next_batch_to_run(self) -> ScheduleBatch | None:

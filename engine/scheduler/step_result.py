@@ -8,10 +8,10 @@ from engine.scheduler.req import FinishReason
 from engine.types import RequestId
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class TokenOutput:
-    """One token of one request. Not frozen, as one is made for every token and a frozen one takes
-    three times as long to make.
+    """One token of one request. Neither frozen nor with keywords only, as one is made for every
+    token and either would take three times as long to make.
     """
 
     rid: RequestId

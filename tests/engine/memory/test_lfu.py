@@ -128,7 +128,9 @@ def test_what_was_used_often_once_does_not_stay_for_ever() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["keep", "use", "evict"]), st.integers(0, 9)), max_size=60)
 )
-def test_single_pages_go_in_the_order_of_a_plain_count_that_ages(moves: list[tuple[str, int]]) -> None:
+def test_single_pages_go_in_the_order_of_a_count_that_ages(
+    moves: list[tuple[str, int]],
+) -> None:
     cache = make_cache()
     hits: dict[int, int] = {}
     worth: dict[int, int] = {}

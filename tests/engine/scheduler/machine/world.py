@@ -16,6 +16,7 @@ from engine.execution.forward_batch import ForwardMode
 from engine.memory.pools import MemoryPools, make_memory_pools
 from engine.scheduler.admission import fits_empty_worker
 from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.growth import Growth
 from engine.scheduler.req import Req, RequestPhase
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_result import StepResult, TokenOutput
@@ -287,6 +288,10 @@ class World:
         chunked = [j.req for j in self.journeys.values() if j.req.phase is RequestPhase.CHUNKED]
         assert len(chunked) <= 1, f"two chunked requests: {chunked}"
         assert scheduler.running_batch.batch_size() <= setup.max_running
+        reqs = scheduler.running_batch.reqs
+        if not any(req.finished() for req in reqs):
+            counted, kept = Growth.of(reqs), scheduler.running_batch.growth()
+            assert (counted.certain, counted.expected) == (kept.certain, kept.expected)
         adapters = {r.lora_id for r in scheduler.running_requests()} - {""}
         assert len(adapters) <= setup.max_loras
         self._check_tenants()
