@@ -159,12 +159,14 @@ class WorkerConfig:
 
     host_write_policy: HostWritePolicy = "write_through"
     """When a prefix is copied to host memory: write_through, when it enters the cache, so that
-    evicting it costs nothing; write_back, when it is evicted, which moves less and waits for it."""
+    evicting it costs nothing; write_back, shortly before it is evicted, which moves less."""
 
-    retract_host_tokens: int = 0
+    retract_host_share: float = 0.0625
     """Host memory for the KV of requests that a decode or unified worker had to send back to its
-    queue: they go on without computing it again, where copying is faster. Tokens; 0: none. A
-    prefill worker sends none back and takes no memory for it."""
+    queue, as a share of the KV pool: they go on without computing it again, where copying is
+    faster. 0: none, all of it is computed again. Never more than an eighth of the host memory that
+    is free at the start; on a GPU it is locked then. A prefill worker sends none back and takes no
+    memory for it."""
 
     verify_kv: bool = True
     """Compare every page's digest on both sides of the handover."""

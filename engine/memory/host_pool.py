@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from engine.memory.page_allocator import PageAllocator
 from engine.memory.page_copier import PageCopier, PageCopy
 
-_NEW_SHARE = 0.2
-"""Weight of a new measurement in a rate."""
+_KEPT_SHARE = 0.8
+"""Of what was measured before, when something new is."""
 
 
 class Rate:
-    """Units a second, averaged over what was measured; None before that."""
+    """Units a second, over what was measured lately; None before that. A large amount counts for
+    more than a small one, whose time is mostly its start."""
 
     def __init__(self) -> None:
         self.per_s: float | None = None
+        self._amount = 0.0
+        self._seconds = 0.0
 
     def observe(self, amount: float, seconds: float) -> None:
         """Measurements without a duration say nothing."""
         if amount <= 0 or seconds <= 0:
             return
-        new = amount / seconds
-        self.per_s = new if self.per_s is None else self.per_s + _NEW_SHARE * (new - self.per_s)
+        self._amount = self._amount * _KEPT_SHARE + amount
+        self._seconds = self._seconds * _KEPT_SHARE + seconds
+        self.per_s = self._amount / self._seconds
 
 
 @dataclass(slots=True)

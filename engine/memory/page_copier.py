@@ -219,7 +219,7 @@ def _host_memory(num_pages: int, page_bytes: int) -> torch.Tensor:
     except RuntimeError as error:
         raise ConfigError(
             f"the host has no {num_pages * page_bytes / 2**30:.2f} GiB for {num_pages} pages of "
-            f"KV: lower --host-cache-tokens or --retract-host-tokens ({error})"
+            f"KV: lower --host-cache-tokens or --retract-host-share ({error})"
         ) from error
 
 
@@ -230,7 +230,7 @@ def _lock_pages(memory: torch.Tensor) -> None:
     if status != 0:
         raise ConfigError(
             f"CUDA cannot lock {memory.numel() / 2**30:.2f} GiB of host memory for KV pages (error "
-            f"{status}): lower --host-cache-tokens or --retract-host-tokens, or raise the limit "
+            f"{status}): lower --host-cache-tokens or --retract-host-share, or raise the limit "
             "of locked memory"
         )
 

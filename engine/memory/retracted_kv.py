@@ -51,6 +51,11 @@ class KeptState(Enum):
     """In the request's pages, which may be taken from it until it is admitted (`claim`)."""
 
 
+WORTH_A_TRIAL_TOKENS = 128
+"""Fewer tell nothing of how fast prompts are computed: a step of few tokens takes as long as one of
+many."""
+
+
 def restore_is_cheaper(
     *,
     num_bytes: int,
@@ -58,10 +63,15 @@ def restore_is_cheaper(
     copy_bytes_per_s: float | None,
     prefill_tokens_per_s: float | None,
 ) -> bool:
-    """Whether copying `num_bytes` takes less time than computing `num_tokens`. A speed that is not
-    known yet is no reason against the copy: it disturbs nobody's step, a prefill does."""
-    if copy_bytes_per_s is None or prefill_tokens_per_s is None:
+    """Whether copying `num_bytes` takes less time than computing `num_tokens`.
+
+    Each way is tried once before they are compared, the copy first: it disturbs nobody's step. So a
+    decode worker, which computes no prompts but these, knows both speeds after two retractions.
+    """
+    if copy_bytes_per_s is None:
         return True
+    if prefill_tokens_per_s is None:
+        return num_tokens < WORTH_A_TRIAL_TOKENS
     return num_bytes / copy_bytes_per_s <= num_tokens / prefill_tokens_per_s
 
 
@@ -114,7 +124,8 @@ class RetractedKV:
         """
         kv_len = min(req.kv_committed_len, req.seqlen - 1)
         num_pages = -(-kv_len // self._allocator.page_size)
-        if num_pages == 0 or not self._is_worth_it(num_pages, kv_len):
+        # Out, and back.
+        if num_pages == 0 or not self._is_worth_it(2 * num_pages, kv_len):
             return False
         host_pages = self.host.alloc(num_pages)
         if host_pages is None:

@@ -25,7 +25,7 @@ def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         "--chunked-prefill-size", "64",
         "--max-total-tokens", str(POOL_PAGES * PAGE),
         "--host-cache-tokens", str(200 * PAGE),
-        "--retract-host-tokens", str(40 * PAGE),
+        "--retract-host-share", "1.7",
     )  # fmt: skip
     with running_cluster(llama, tmp_path_factory.mktemp("host"), *flags) as running:
         yield running

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidRequestError
 from engine.execution.forward_batch import ForwardMode
+from engine.memory.host_pool import Rate
 from engine.memory.prefix_cache import LoadBack
 from engine.memory.retracted_kv import KeptState, restore_is_cheaper
 from engine.scheduler.req import Req
@@ -341,8 +342,22 @@ def test_the_cheaper_way_back_is_taken() -> None:
 
     assert cheaper(10**9, 1000, 50e9, 10_000)  # 20 ms or 100 ms
     assert not cheaper(10**9, 100, 5e9, 10_000)  # 200 ms or 10 ms
-    assert cheaper(10**9, 1, None, 10_000)
-    assert cheaper(10**9, 1, 1.0, None)
+    # What was never tried is tried first, where it would tell something.
+    assert cheaper(10**9, 1000, None, 1e12)
+    assert not cheaper(1, 1000, 1e12, None)
+    assert cheaper(10**9, 100, 1.0, None)
+
+
+def test_many_tokens_say_more_of_a_speed_than_few() -> None:
+    rate = Rate()
+    rate.observe(8000, 0.2)
+    for _ in range(3):
+        rate.observe(10, 0.005)
+    assert rate.per_s is not None
+    assert rate.per_s > 30_000
+    for _ in range(40):
+        rate.observe(4000, 0.2)
+    assert rate.per_s == pytest.approx(20_000, rel=0.01)
 
 
 def test_where_computing_is_cheaper_nothing_is_kept() -> None:
