@@ -164,6 +164,18 @@ class DecodeRole(EngineRole):
                 return
             self._waiting.remove(head.rid)
 
+    def waits_for_ticket(self) -> Req | None:
+        if self.agent.stats().slots.free < 1:
+            return None
+        has_slot = self.scheduler.admission.has_lora_slot_for
+        for head in self._waiting.in_order():
+            if has_slot(head.req.lora_id):
+                return head.req
+        return None
+
+    def on_room_made(self) -> None:
+        self._admit()
+
     def _turn_away_late(self, late: Reservation) -> None:
         deadline = late.req.deadline
         if deadline is None or deadline > late.deadline:
@@ -180,7 +192,11 @@ class DecodeRole(EngineRole):
         prefix_len = len(prefix) * self.parts.layout.page_size
         slots = self.agent.stats().slots.free
         if not self.scheduler.admission.can_admit(
-            req.seqlen, prefix_len, req.remaining_new_tokens, free_landing_slots=slots
+            req.seqlen,
+            prefix_len,
+            req.remaining_new_tokens,
+            free_landing_slots=slots,
+            priority=req.priority,
         ):
             self.scheduler.unlock_prefix(req)
             return False

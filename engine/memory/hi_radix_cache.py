@@ -1,9 +1,10 @@
 """The hierarchical cache: what the device has no room for stays in host memory, and comes back.
 
 With `write_through`, pages are copied to the host in the pass after they entered the tree, so that
-an eviction finds them there and costs nothing. With `write_back`, they are copied when they are
-evicted, which waits for the copy but moves only what is evicted. Either way a page that is evicted
-is saved first where host memory has room for it, by giving up older pages there.
+an eviction finds them there and costs nothing. With `write_back`, only what is next to be evicted
+is copied, as soon as few pages are free: an eviction waits for a copy only if it comes before that
+has ended. Either way a page that is evicted is saved first where host memory has room for it, by
+giving up older pages there.
 
 A hit in host memory is loaded back all or nothing (scheduling.md section 3). The pages are nobody's
 until they have arrived and been compared with what had left; then they are in the tree as if they
@@ -29,6 +30,10 @@ EVICTED_AT_LEAST = 8
 """Pages that leave a leaf together, where it has that many: each departure cuts a node in two, and
 a prefix in single pages would be slow to match. They are not lost, so a few more do no harm."""
 
+CLEAN_SHARE = 16
+"""Under `write_back`, one page in so many of the pool is free, or saved and evictable at once, as
+far as copies keep up."""
+
 WRITTEN_AT_MOST = 256
 """Pages that a pass begins to copy: queueing a copy takes microseconds of the scheduler's time."""
 
@@ -50,13 +55,18 @@ class HiRadixCache(HostBackedTree):
         self._transfers: list[PageTransfer] = []
         self._to_write: list[TreeNode] = []
         """Nodes that are to be copied; looked at again when their turn comes."""
+        self._looked_at = (-1, 0)
+        """The tree's version and the pages missing when `_write_ahead` last looked."""
 
     # ---- polled
 
     def check_hicache_events(self) -> None:
         for transfer in [t for t in self._transfers if t.copy.done()]:
             self._finish(transfer)
-        self._write_through()
+        if self.write_policy == "write_through":
+            self._write_through()
+        else:
+            self._write_ahead()
 
     def has_pending_copies(self) -> bool:
         return bool(self._transfers or self._to_write)
@@ -138,6 +148,40 @@ class HiRadixCache(HostBackedTree):
                 self._to_write.append(node)  # its lower part, which was cut off
         if nodes:
             self._write(nodes, host_pages)
+
+    def _write_ahead(self) -> None:
+        """Saves what goes next, before anybody waits for its room."""
+        missing = -(-self.allocator.num_pages // CLEAN_SHARE) - self.allocator.free_pages
+        looked_at = (self.version, missing)
+        if missing <= 0 or self._transfers or looked_at == self._looked_at:
+            return
+        self._looked_at = looked_at
+        nodes: list[TreeNode] = []
+        host_pages: list[int] = []
+        for node in self._next_to_leave(min(missing, WRITTEN_AT_MOST)):
+            if missing <= 0 or len(host_pages) >= WRITTEN_AT_MOST:
+                break
+            if not self._can_write(node):
+                missing -= len(node.pages)  # saved already
+                continue
+            if len(node.pages) > missing:
+                self._split(node, len(node.pages) - missing)
+            missing -= len(node.pages)
+            found = self._host_room(node, min(len(node.pages), WRITTEN_AT_MOST - len(host_pages)))
+            if found is not None:
+                nodes.append(found[0])
+                host_pages.extend(found[1])
+        if nodes:
+            self._write(nodes, host_pages)
+
+    def _next_to_leave(self, count: int) -> Iterator[TreeNode]:
+        """Leaves of what is on the device, and what will be one once they have gone."""
+        for leaf in self._next_leaves(count):
+            node: TreeNode | None = leaf
+            while node is not None and node.parent is not None and node.lock_ref == 0:
+                above = node.parent if node.parent.resident_children == 1 else None
+                yield node
+                node = above
 
     def _host_room(self, node: TreeNode, wanted: int) -> tuple[TreeNode, list[int]] | None:
         """Host pages for the first `wanted` pages of a node, or for as many as there are: with the

@@ -197,6 +197,17 @@ class RadixCache(BasePrefixCache):
             self._offer(node)
         return None
 
+    def _next_leaves(self, count: int) -> list[TreeNode]:
+        """At most `count` unlocked leaves, the first to be evicted first; none is evicted."""
+        age = self._age
+        leaves: list[TreeNode] = []
+        while len(leaves) < count and (leaf := self._pop_leaf()) is not None:
+            leaves.append(leaf)
+        self._age = age
+        for leaf in leaves:
+            self._offer(leaf)
+        return leaves
+
     def _eviction_key(self, node: TreeNode) -> tuple[int, int]:
         """Smaller goes first. Of leaves worth the same, the least recently used one."""
         return (node.worth if self._by_hits else 0, node.last_access)

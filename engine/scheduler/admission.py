@@ -6,7 +6,7 @@ still grow. The rule is a pure function of numbers; `DecodeAdmission` collects t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,31 +138,49 @@ class DecodeAdmission:
         *,
         already_promised: Iterable[Promise] | None = None,
         free_landing_slots: int = 1,
+        priority: int | None = None,
+        without: Collection[Req] = (),
+        freed_tokens: int = 0,
     ) -> bool:
         """`prompt_len` counts replayed outputs, `max_new_tokens` what may still be produced.
         `already_promised`: tickets that have not joined; None asks the scheduler's role.
+        `priority`: where priorities count, nothing is kept for those who wait and would give way
+        to it. `without`: as if these running requests had gone back to the queue and freed
+        `freed_tokens`.
         """
         scheduler = self._scheduler
         promises = list(scheduler.role.promises() if already_promised is None else already_promised)
         unbound = sum(unbound_tokens(p, scheduler.page_size) for p in promises)
-        rows = scheduler.memory.req_to_token.available_size()
-        running = list(scheduler.running_requests())
+        rows = scheduler.memory.req_to_token.available_size() + len(without)
+        running = [req for req in scheduler.running_requests() if req not in without]
         rows = min(rows, scheduler.config.max_running_requests - len(running))
         rows -= len(promises) + len(scheduler.prebuilt)
         return can_admit(
             prompt_len=prompt_len,
             prefix_len=prefix_len,
             max_new_tokens=max_new_tokens,
-            free_and_evictable=scheduler.memory.available_tokens() - unbound,
+            free_and_evictable=scheduler.memory.available_tokens() + freed_tokens - unbound,
             page_size=scheduler.page_size,
             decode_reserve_tokens=scheduler.config.decode_reserve_tokens,
             running=[_growing(req) for req in running],
             in_transfer=[GrowingRequest(p.prompt_len, 0, p.max_new_tokens) for p in promises],
             prebuilt=[_growing(req) for req in scheduler.prebuilt],
-            returning=[_growing(req) for req in scheduler.returning_requests()],
+            returning=[
+                _growing(req)
+                for req in scheduler.returning_requests()
+                if not self._gives_way(req, priority)
+            ],
             free_rows=rows,
             free_landing_slots=free_landing_slots,
         )
+
+    def _gives_way(self, req: Req, priority: int | None) -> bool:
+        config = self._scheduler.config
+        if priority is None or not config.enable_priority_scheduling:
+            return False
+        # One in chunks holds memory already; it gives way to those of the queue alone.
+        waits = req is not self._scheduler.chunked_req
+        return waits and req.priority > priority + config.priority_preemption_threshold
 
 
 def promised_loras(promises: Iterable[Promise], prebuilt: Iterable[Req]) -> set[str]:

@@ -80,6 +80,14 @@ class SchedulerRole:
         nothing into what they will take."""
         return ()
 
+    def waits_for_ticket(self) -> Req | None:
+        """Asked in every pass where priorities count: the request to be granted a ticket next, if
+        only memory or places keep it waiting. Less important ones that run may give way to it."""
+        return None
+
+    def on_room_made(self) -> None:
+        """Called when they have, before anybody else is given what they held: grant it now."""
+
     def has_work(self) -> bool:
         """Whether `poll` must be called soon although nothing is scheduled."""
         return False

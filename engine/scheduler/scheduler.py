@@ -28,6 +28,7 @@ from engine.scheduler.requests import SchedulerRequests
 from engine.scheduler.role import SchedulerRole
 from engine.scheduler.schedule_batch import ScheduleBatch
 from engine.scheduler.step_result import StepResult
+from engine.scheduler.ticket_room import TicketRoom
 
 
 class Scheduler(SchedulerRequests):
@@ -46,6 +47,7 @@ class Scheduler(SchedulerRequests):
         memory and device do not belong together."""
         super().__init__(config, runner, memory, role, device, grammars)
         self.admission = DecodeAdmission(self)
+        self._ticket_room = TicketRoom(self)
         self.role.attach(self)
 
     # ---- one pass
@@ -101,16 +103,21 @@ class Scheduler(SchedulerRequests):
             self._settle_outstanding()
         self._settle_aborts()
         self.memory.check_hicache_events()
-        self._take_compiled()
+        self.move_ready_grammar_requests()
         self._drop_expired()
         self.running_batch.drop_ended(self._lifecycle.num_endings)
         self.running_batch.batch_is_full = False
+        if len(self._in_flight) == 0:
+            self._make_room_for_ticket()
         if self._split.batch is not None:
             self._join_prebuilt()
             decode = self.update_running_batch() if self._split.decode_is_next() else None
             return decode if decode is not None else self._split.batch
 
         chunked_req_to_exclude: set[Req] = set()
+        if self._chunked_gives_way() and len(self._in_flight) == 0:
+            self.num_preemptions += 1
+            self._send_chunked_back()
         if self.chunked_req is not None:
             chunked_req_to_exclude.add(self.chunked_req)
             # A prefill-only worker's role may be reading the very pages that would be replaced.
@@ -214,7 +221,7 @@ class Scheduler(SchedulerRequests):
         if aborts:
             self._split.drop_if_nobody_waits(self._settle_outstanding)
 
-    def _take_compiled(self) -> None:
+    def move_ready_grammar_requests(self) -> None:
         """Requests whose grammar is compiled join the others; one that is wrong is the client's
         error."""
         for req, error, waited_here in self.grammar_queue.settled(time.monotonic()):
@@ -237,11 +244,46 @@ class Scheduler(SchedulerRequests):
     def _may_preempt(self) -> bool:
         """Whether somebody who runs could give way to the first who waits; if not to that one, then
         to none behind it."""
+        if not self.config.enable_priority_scheduling or not self.role.decodes:
+            return False
+        if self._ticket_room.wanted_by() is not None or self._chunked_gives_way():
+            return True
         first = self.waiting_queue.first()
-        if first is None or not self.config.enable_priority_scheduling or not self.role.decodes:
+        if first is None:
             return False
         above = first.priority + self.config.priority_preemption_threshold
         return any(req.priority > above for req in self.running_requests())
+
+    def _chunked_gives_way(self) -> bool:
+        """Whether the first who waits is so much more important than the one in chunks that this
+        one goes back to the queue, parked or not. Not on a prefill worker: there the KV of its
+        chunks is on its way to decode already."""
+        first, chunked = self.waiting_queue.first(), self.chunked_req
+        if first is None or chunked is None or chunked.finished():
+            return False
+        if not self.config.enable_priority_scheduling or not self.role.decodes:
+            return False
+        if chunked.priority <= first.priority + self.config.priority_preemption_threshold:
+            return False
+        return self.lora_slots.has_room_for(first.lora_id)
+
+    def _send_chunked_back(self) -> None:
+        """What it has computed stays in the tree as long as there is room."""
+        chunked, self.chunked_req = self.chunked_req, None
+        if chunked is not None:
+            self.running_batch.release_req(chunked)
+            chunked.reset_for_retract()
+            self.waiting_room.put_back([chunked])
+
+    def _make_room_for_ticket(self) -> None:
+        req = self._ticket_room.wanted_by()
+        if req is None:
+            return
+        victims = self._ticket_room.make(req)
+        self.num_preemptions += len(victims)
+        self.waiting_room.put_back(victims)
+        if victims:
+            self.role.on_room_made()
 
     def _merge_into_running(self, batch: ScheduleBatch) -> None:
         if batch.is_empty():
@@ -272,7 +314,7 @@ class Scheduler(SchedulerRequests):
         self._merge_into_running(batch)
 
     def _make_adder(self, reserved_tokens: int) -> PrefillAdder:
-        mixed = self.running_batch.batch_size() if self._mixes else 0
+        mixed = self.running_batch.batch_size() if self.is_mixed_chunk else 0
         # However many rows decode along, a page of prompt goes on (as many as are taken at once),
         # or prompts would starve.
         align = self.config.truncation_align_size or self.page_size
@@ -307,7 +349,7 @@ class Scheduler(SchedulerRequests):
             self._split.begin(batch)
         running = self.running_batch
         if (
-            self._mixes
+            self.is_mixed_chunk
             and not running.is_empty()
             and not (batch.return_logprob or running.return_logprob)
             and running.check_decode_mem(reserved_tokens=self._promised_tokens())
@@ -325,11 +367,8 @@ class Scheduler(SchedulerRequests):
         if self._split.batch is not None or self._deferred_aborts:
             return False  # these give memory back without a page more
         if self.chunked_req is not None:
-            chunked, self.chunked_req = self.chunked_req, None
-            self.running_batch.release_req(chunked)
-            chunked.reset_for_retract()
+            self._send_chunked_back()
             self.num_retractions += 1
-            self.waiting_room.put_back([chunked])
             if self.running_batch.check_decode_mem():
                 return True
         others = self.prebuilt or self.transferring or self.held
@@ -344,7 +383,8 @@ class Scheduler(SchedulerRequests):
         return False
 
     @property
-    def _mixes(self) -> bool:
+    def is_mixed_chunk(self) -> bool:
+        """Whether running requests take part in the steps of prompts."""
         return self.config.enable_mixed_chunk and not self._split.enabled
 
     def _promised_tokens(self) -> int:

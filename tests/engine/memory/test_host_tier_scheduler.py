@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidRequestError
 from engine.execution.forward_batch import ForwardMode
+from engine.memory import hi_radix_cache
 from engine.memory.host_pool import Rate
 from engine.memory.prefix_cache import LoadBack
 from engine.memory.retracted_kv import KeptState, restore_is_cheaper
@@ -71,6 +72,38 @@ def test_a_conversation_that_was_evicted_comes_back_from_the_host(
     # Whole pages of all that had KV: the prompt and all outputs but the last.
     assert second.cached_tokens == 35 // PAGE * PAGE
     assert computed(engine) - before == len(turn) - second.cached_tokens
+
+
+def test_under_write_back_an_eviction_finds_its_pages_saved() -> None:
+    waited = {}
+    for share in (4, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hi_radix_cache, "CLEAN_SHARE", share)
+            engine = Engine(
+                pages=64, host_pages=128, host_write="write_back", copy_delay=lambda: 1, rows=2
+            )
+            for n in range(12):
+                req = make_req(f"r{n}", conversation(n, 20), max_new_tokens=8)
+                engine.add(req)
+                engine.drain()
+                assert engine.tokens(req.rid) == undisturbed(req)
+        copier = engine.host_copier
+        assert copier is not None
+        assert len(copier.copies) > 0
+        waited[share] = sum(copy.waited_for for copy in copier.copies)
+    # With a page at hand in place of sixteen, evictions wait for their copies.
+    assert waited[4] == 0 < waited[10**9]
+
+
+def test_under_write_back_only_what_goes_next_is_copied() -> None:
+    engine = Engine(pages=64, host_pages=128, host_write="write_back")
+    for n in range(14):
+        engine.add(make_req(f"r{n}", conversation(n, 20), max_new_tokens=4))
+        engine.drain()
+    tree = engine.memory.tree_cache
+    written = engine.memory.host_cache.counters.written  # type: ignore[union-attr]
+    assert tree.total_pages() > 40
+    assert 0 < written < 24
 
 
 def test_nobody_waits_for_a_load_but_who_wants_it() -> None:

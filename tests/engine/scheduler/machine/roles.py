@@ -146,7 +146,8 @@ class Landing:
 
 
 class ScriptedDecode(SchedulerRole):
-    """Grants tickets first come, first served by the admission rule; KV lands passes later."""
+    """Grants tickets first come, first served by the admission rule, the more important first where
+    priorities count; KV lands passes later."""
 
     def __init__(self, scripts: dict[str, RequestScript]) -> None:
         self.scripts = scripts
@@ -162,7 +163,19 @@ class ScriptedDecode(SchedulerRole):
         for landing in list(self.landings.values()):
             landing.passes -= 1
             self._go_on(landing)
-        for reservation in list(self.reservations):
+        self.on_room_made()
+
+    def _in_order(self) -> list[tuple[Req, int]]:
+        if not self.scheduler.config.enable_priority_scheduling:
+            return list(self.reservations)
+        return sorted(self.reservations, key=lambda pair: pair[0].priority)
+
+    def waits_for_ticket(self) -> Req | None:
+        has_slot = self.scheduler.admission.has_lora_slot_for
+        return next((req for req, _ in self._in_order() if has_slot(req.lora_id)), None)
+
+    def on_room_made(self) -> None:
+        for reservation in self._in_order():
             if not self.scheduler.admission.has_lora_slot_for(reservation[0].lora_id):
                 continue
             if not self._grant(*reservation):
@@ -173,7 +186,7 @@ class ScriptedDecode(SchedulerRole):
         prefix = self.scheduler.lock_prefix(req)
         page_size = self.scheduler.page_size
         if not self.scheduler.admission.can_admit(
-            req.seqlen, len(prefix) * page_size, req.remaining_new_tokens
+            req.seqlen, len(prefix) * page_size, req.remaining_new_tokens, priority=req.priority
         ):
             self.scheduler.unlock_prefix(req)
             return False
