@@ -17,8 +17,10 @@ from baton.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     RequestError,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 from baton.messages import (
@@ -54,6 +56,7 @@ __all__ = [
     "KeepAlive",
     "Model",
     "NotFound",
+    "PermissionDenied",
     "Report",
     "RequestError",
     "RequestOptions",
@@ -63,6 +66,7 @@ __all__ = [
     "Token",
     "TokenStream",
     "TopLogprob",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "Worker",

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from baton.connection import ConnectionConfig, config_for, target_of
+from baton.connection import ConnectionConfig, config_for
 from baton.errors import Cancelled, Unavailable, error_from_call
 from baton.messages import (
     Chunk,
@@ -99,21 +99,15 @@ class AsyncClient:
 
         Args:
             address: host:port of the router's gRPC server; grpcs://host:port speaks TLS.
-            config: keep-alive, limits, TLS.
+            config: keep-alive, limits, TLS, API key.
 
         Raises:
             ValueError: the address asks for plain text where `config` asks for TLS.
         """
         self._config = config_for(address, config)
         self._address = address
-        credentials = self._config.credentials()
-        options = self._config.channel_options()
-        target = target_of(address)
-        self._channel = (
-            grpc.aio.insecure_channel(target, options=options)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=options)
-        )
+        self._metadata = self._config.metadata()
+        self._channel = self._config.open_async(address)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
@@ -136,7 +130,10 @@ class AsyncClient:
         request = build_request(prompt, options)
         lost = self._is_lost()
         call = self._stub.Generate(
-            request, timeout=self._timeout(timeout), wait_for_ready=lost or None
+            request,
+            timeout=self._timeout(timeout),
+            wait_for_ready=lost or None,
+            metadata=self._metadata,
         )
         wait = functools.partial(self._connected, timeout) if lost else None
         return AsyncTokenStream(call, request.request_id, wait)
@@ -208,7 +205,12 @@ class AsyncClient:
         self, method: Any, request: Any, timeout: float | None, request_id: str = ""
     ) -> Any:
         lost = self._is_lost()
-        call = method(request, timeout=self._timeout(timeout), wait_for_ready=lost or None)
+        call = method(
+            request,
+            timeout=self._timeout(timeout),
+            wait_for_ready=lost or None,
+            metadata=self._metadata,
+        )
         try:
             if lost:
                 await self._connected(timeout)

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import Scalar, fill
 from baton.errors import Unavailable
 
@@ -55,16 +55,17 @@ class ChatError(Exception):
 class Conversation:
     """The messages so far, and the door that continues them."""
 
-    def __init__(self, config: ChatConfig, tls: ClientTls) -> None:
+    def __init__(self, config: ChatConfig, access: ClientAccess) -> None:
         # Imported here, so that other commands start without it.
         import httpx
 
         self._config = config
         self._errors = httpx.HTTPError
-        context = tls.ssl_context(config.url)
+        context = access.ssl_context(config.url)
         self._client = httpx.Client(
             base_url=config.url.rstrip("/").removesuffix("/v1"),
             timeout=config.request_timeout_s,
+            headers=access.http_headers(),
             verify=True if context is None else context,
         )
         self._model = config.model
@@ -157,8 +158,8 @@ def run_chat(given: dict[str, Scalar]) -> int:
         SettingsError: a setting cannot be used.
         Unavailable: the router is out of reach.
     """
-    config, tls = fill(ChatConfig, given), fill(ClientTls, given)
-    with contextlib.closing(Conversation(config, tls)) as conversation:
+    config, access = fill(ChatConfig, given), fill(ClientAccess, given)
+    with contextlib.closing(Conversation(config, access)) as conversation:
         print(f"{conversation.model()}: {HELP}", file=sys.stderr)
         while (text := _read_line()) is not None:
             if text == "/reset":

@@ -17,7 +17,7 @@ import click
 import baton
 from baton.bench.settings import BenchConfig
 from baton.chat import ChatConfig, run_chat
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import (
     ENVIRONMENT_PREFIX,
     Scalar,
@@ -30,9 +30,10 @@ from baton.demo import DEMO_DEFAULTS, DemoConfig, run_demo
 from baton.drain import DrainConfig, run_drain
 from baton.errors import RequestError
 from baton.health import HealthConfig, run_health
+from baton.keys import KeyFile, NewKey, run_add, run_list, run_revoke
 from baton.lifetime import live_with_parent
 from baton.model_store import find_model
-from baton.plan import DECIDED, ROUTER_TLS, UpConfig, make_plan
+from baton.plan import DECIDED, SECURITY, UpConfig, make_plan
 from baton.remote import GenerateConfig, RouterAddress, run_generate, run_ps
 from baton.settings_flags import settings_command
 from baton.up import run_up
@@ -149,8 +150,8 @@ def cli() -> None:
         setting.variable
         for setting in settings_of(
             *(UpConfig, RouterConfig, WorkerConfig, DemoConfig),
-            *(GenerateConfig, ChatConfig, RouterAddress, HealthConfig, BenchConfig, ClientTls),
-            DrainConfig,
+            *(GenerateConfig, ChatConfig, RouterAddress, HealthConfig, BenchConfig, ClientAccess),
+            *(DrainConfig, NewKey),
         ).values()
     }
     for name in unknown_variables(os.environ, known):
@@ -213,7 +214,7 @@ cli.add_command(
         UpConfig,
         RouterConfig,
         WorkerConfig,
-        omit=DECIDED | ROUTER_TLS,
+        omit=DECIDED | SECURITY,
         help="Shows one request's whole journey. Starts everything on free ports, streams one "
         "answer, prints where its time and its KV went, and stops everything.",
     )
@@ -223,7 +224,7 @@ cli.add_command(
         "generate",
         run_generate,
         GenerateConfig,
-        ClientTls,
+        ClientAccess,
         arguments=[click.Argument(["prompt"])],
         help="Streams the continuation of PROMPT. '-' reads it from standard input.",
     )
@@ -233,7 +234,7 @@ cli.add_command(
         "ps",
         run_ps,
         RouterAddress,
-        ClientTls,
+        ClientAccess,
         help="Lists a router's workers, once or live: state, load, pages, transports.",
     )
 )
@@ -242,6 +243,7 @@ cli.add_command(
         "drain",
         run_drain,
         DrainConfig,
+        ClientAccess,
         arguments=[click.Argument(["worker"])],
         help="Takes WORKER out of service: an id, the beginning of one, or an address. It takes "
         "no new requests, finishes or hands over what runs, and ends.",
@@ -252,7 +254,7 @@ cli.add_command(
         "chat",
         run_chat,
         ChatConfig,
-        ClientTls,
+        ClientAccess,
         help="A chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /reset forgets.",
     )
 )
@@ -261,7 +263,7 @@ cli.add_command(
         "bench",
         _bench,
         BenchConfig,
-        ClientTls,
+        ClientAccess,
         help="Puts load on a router's gRPC or HTTP door, or on any server with OpenAI's "
         "completions, and reports latencies, throughput and goodput.",
     )
@@ -271,9 +273,30 @@ cli.add_command(
         "health",
         run_health,
         HealthConfig,
-        ClientTls,
+        ClientAccess,
         help="Asks a router or a worker whether it serves; the exit status says so. For the health "
         "checks of containers.",
     )
 )
+keys = click.Group("keys", help="Makes, lists and revokes the API keys that a router asks for.")
+keys.add_command(
+    settings_command(
+        "add",
+        run_add,
+        NewKey,
+        arguments=[click.Argument(["tenant"])],
+        help="Makes a key of TENANT and prints it; the file keeps its digest alone.",
+    )
+)
+keys.add_command(settings_command("list", run_list, KeyFile, help="Lists a file's keys."))
+keys.add_command(
+    settings_command(
+        "revoke",
+        run_revoke,
+        KeyFile,
+        arguments=[click.Argument(["id"])],
+        help="Has the key of that ID refused.",
+    )
+)
+cli.add_command(keys)
 cli.add_command(_version)

@@ -14,7 +14,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from baton.connection import ConnectionConfig, config_for, target_of
+from baton.connection import ConnectionConfig, config_for
 from baton.errors import DeadlineExceeded, RequestError, Unavailable, error_from_call
 from baton.messages import (
     Chunk,
@@ -87,20 +87,14 @@ class Client:
 
         Args:
             address: host:port of the router's gRPC server; grpcs://host:port speaks TLS.
-            config: keep-alive, limits, TLS.
+            config: keep-alive, limits, TLS, API key.
 
         Raises:
             ValueError: the address asks for plain text where `config` asks for TLS.
         """
         self._config = config_for(address, config)
-        credentials = self._config.credentials()
-        options = self._config.channel_options()
-        target = target_of(address)
-        self._channel = (
-            grpc.insecure_channel(target, options=options)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options=options)
-        )
+        self._metadata = self._config.metadata()
+        self._channel = self._config.open(address)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._lost = False
 
@@ -122,7 +116,7 @@ class Client:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
         """
         request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout))
+        call = self._stub.Generate(request, timeout=self._timeout(timeout), metadata=self._metadata)
         return TokenStream(call, request.request_id, self._failed)
 
     def complete(
@@ -151,7 +145,9 @@ class Client:
         """
         try:
             response = self._stub.Abort(
-                inference_pb2.AbortRequest(request_id=request_id), timeout=self._timeout(timeout)
+                inference_pb2.AbortRequest(request_id=request_id),
+                timeout=self._timeout(timeout),
+                metadata=self._metadata,
             )
         except grpc.RpcError as error:
             raise self._failed(error, request_id) from None
@@ -165,7 +161,9 @@ class Client:
         """
         try:
             response = self._stub.ListModels(
-                inference_pb2.ListModelsRequest(), timeout=self._timeout(timeout)
+                inference_pb2.ListModelsRequest(),
+                timeout=self._timeout(timeout),
+                metadata=self._metadata,
             )
         except grpc.RpcError as error:
             raise self._failed(error) from None
@@ -179,7 +177,9 @@ class Client:
         """
         try:
             response = self._stub.GetServerInfo(
-                inference_pb2.GetServerInfoRequest(), timeout=self._timeout(timeout)
+                inference_pb2.GetServerInfoRequest(),
+                timeout=self._timeout(timeout),
+                metadata=self._metadata,
             )
         except grpc.RpcError as error:
             raise self._failed(error) from None
@@ -221,6 +221,7 @@ class Client:
                 inference_pb2.ListModelsRequest(),
                 timeout=wait if timeout is None else min(wait, timeout),
                 wait_for_ready=True,
+                metadata=self._metadata,
             )
             self._lost = False
         except grpc.RpcError as error:

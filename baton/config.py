@@ -217,10 +217,10 @@ def fill(cls: type[T], given: Mapping[str, Scalar], **decided: Scalar) -> T:
         raise SettingsError(str(error)) from error
 
 
-def flags_for(config: object) -> list[str]:
-    """The flags that give another process this very configuration."""
+def flags_for(config: object, *, omit: Collection[str] = ()) -> list[str]:
+    """The flags that give another process this very configuration, all but what is omitted."""
     flags: list[str] = []
-    for name, setting in settings_of(type(config)).items():
+    for name, setting in settings_of(type(config), omit=omit).items():
         value = getattr(config, name)
         if setting.kind is bool:
             flags.append(setting.flag if value else "--no-" + setting.flag[2:])
@@ -238,7 +238,15 @@ def unknown_variables(environment: Mapping[str, str], known: Collection[str]) ->
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstrings under a dataclass's fields, each on one line."""
+    """The docstrings under a dataclass's fields, inherited ones too, each on one line."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     docs: dict[str, str] = {}

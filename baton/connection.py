@@ -85,6 +85,9 @@ class ConnectionConfig:
     tls: Tls | None = None
     """None: plain text, for a trusted network or this machine."""
 
+    api_key: str = field(default="", repr=False)
+    """Key that the router asks for; empty: none. It is readable on a connection without TLS."""
+
     max_message_bytes: int = 16 << 20
     """Largest message either way; a prompt of a million token ids is about 3 MB."""
 
@@ -113,6 +116,10 @@ class ConnectionConfig:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
 
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call says of itself."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
     def credentials(self) -> grpc.ChannelCredentials | None:
         if self.tls is None:
             return None
@@ -121,6 +128,22 @@ class ConnectionConfig:
             private_key=self.tls.private_key,
             certificate_chain=self.tls.certificate_chain,
         )
+
+    def open(self, address: str) -> grpc.Channel:
+        """A blocking channel."""
+        credentials, options = self.credentials(), self.channel_options()
+        target = target_of(address)
+        if credentials is None:
+            return grpc.insecure_channel(target, options=options)
+        return grpc.secure_channel(target, credentials, options=options)
+
+    def open_async(self, address: str) -> grpc.aio.Channel:
+        """The same for asyncio."""
+        credentials, options = self.credentials(), self.channel_options()
+        target = target_of(address)
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 def target_of(address: str) -> str:

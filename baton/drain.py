@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import grpc
 
 from baton.client import Client
-from baton.config import Scalar, SettingsError, fill
-from baton.connection import target_of
+from baton.client_access import ClientAccess
+from baton.config import Scalar, fill
+from baton.connection import ConnectionConfig, config_for
 from baton.errors import error_from_call
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 
@@ -20,8 +21,8 @@ class DrainConfig:
     """How to drain a worker."""
 
     router: str = "127.0.0.1:50051"
-    """host:port of the router's gRPC server; where that one speaks TLS, of its workers' own door
-    (workers_port), which alone takes such orders."""
+    """host:port of the router's gRPC server; where workers have a door of their own
+    (workers_port), of that one, which alone takes such orders."""
 
     drain_timeout_s: float = 0.0
     """After this the worker hands over what still runs: it is replayed elsewhere. 0: the worker's
@@ -51,22 +52,21 @@ def run_drain(given: dict[str, Scalar]) -> int:
     Raises:
         RequestError: no such worker, or the router is out of reach.
     """
-    config = fill(DrainConfig, given)
-    instance_id = _order(config, str(given["worker"]))
+    config, access = fill(DrainConfig, given), fill(ClientAccess, given)
+    connection = config_for(config.router, access.connection(config.router))
+    instance_id = _order(config, connection, str(given["worker"]))
     _say(f"{instance_id} drains: it takes no new requests")
     if config.wait:
-        with Client(config.router) as client:
+        with Client(config.router, config=connection) as client:
             _wait_until_gone(client, instance_id, timeout_s=config.timeout_s)
         _say(f"{instance_id} has left")
     return 0
 
 
-def _order(config: DrainConfig, worker: str) -> str:
+def _order(config: DrainConfig, connection: ConnectionConfig, worker: str) -> str:
     """Sends the order; the worker's instance id."""
-    if config.router.startswith("grpcs://"):
-        raise SettingsError("workers are drained through the workers' door, which is plain text")
     request = worker_pb2.DrainWorkerRequest(worker=worker, drain=_terms(config))
-    with grpc.insecure_channel(target_of(config.router)) as channel:
+    with connection.open(config.router) as channel:
         try:
             answer = worker_pb2_grpc.RegistryStub(channel).DrainWorker(
                 request, timeout=config.timeout_s

@@ -46,6 +46,18 @@ class NotFound(RequestError):
     status = ErrorCode.NOT_FOUND
 
 
+class Unauthenticated(RequestError):
+    """The router asks for an API key, and none that it knows came with the call."""
+
+    status = ErrorCode.UNAUTHENTICATED
+
+
+class PermissionDenied(RequestError):
+    """The API key is known, and this call is not for it."""
+
+    status = ErrorCode.PERMISSION_DENIED
+
+
 class AlreadyExists(RequestError):
     """A live request has this id."""
 
@@ -114,6 +126,8 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.DATA_LOSS: DataLoss,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
 
 

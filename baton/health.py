@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import Scalar, fill
-from baton.connection import config_for, target_of
+from baton.connection import config_for
 from baton.errors import error_from_call
 
 
@@ -39,16 +39,9 @@ def run_health(given: dict[str, Scalar]) -> int:
     Raises:
         RequestError: the process is out of reach, or knows no such service.
     """
-    config, tls = fill(HealthConfig, given), fill(ClientTls, given)
-    connection = config_for(config.address, tls.connection(config.address))
-    credentials, options = connection.credentials(), connection.channel_options()
-    target = target_of(config.address)
-    channel = (
-        grpc.insecure_channel(target, options=options)
-        if credentials is None
-        else grpc.secure_channel(target, credentials, options=options)
-    )
-    with channel:
+    config, access = fill(HealthConfig, given), fill(ClientAccess, given)
+    connection = config_for(config.address, access.connection(config.address))
+    with connection.open(config.address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=config.service), timeout=config.timeout_s

@@ -6,9 +6,11 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from baton.client_access import as_a_part
 from baton.config import Scalar, SettingsError, fill
+from baton.connection import ConnectionConfig
 from baton.model_store import ModelSource, find_model
 from router.config import RouterConfig
 from worker.config import Role, WorkerConfig
@@ -16,8 +18,11 @@ from worker.config import Role, WorkerConfig
 DECIDED = frozenset({"router", "port", "device_index", "host", "tokenizer"})
 """Settings of routers and workers that `baton up` decides itself; not among its flags."""
 
-ROUTER_TLS = frozenset({"tls_cert", "tls_key", "tls_client_ca", "workers_host", "workers_port"})
-"""Settings of the router's TLS; the demo, which calls its own router, has no use for them."""
+SECURITY = frozenset(
+    "tls_cert tls_key tls_ca tls_server_name tls_client_ca workers_host workers_port "
+    "api_keys_file".split()
+)
+"""Settings of who may connect; the demo, which calls its own router, has no use for them."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -92,8 +97,14 @@ class Plan:
 
     @property
     def workers_address(self) -> str:
-        """host:port where workers register: the gRPC door, unless that one speaks TLS."""
+        """host:port where workers register: the gRPC door, or their own."""
         return _registry_address(self.router)
+
+    def workers_connection(self) -> ConnectionConfig:
+        """How this process asks there: it shows the certificate that all parts show. A router
+        that is not there yet must not hold up the look at a child that has died.
+        """
+        return replace(as_a_part(self.router).connection(), reconnect_wait_s=0.0)
 
     @property
     def http_address(self) -> str:
@@ -119,9 +130,11 @@ def make_plan(
     router = _with_ports(
         fill(RouterConfig, {"served_model_name": model.name, **given}, tokenizer=str(model.path))
     )
+    # Without authorities to know each other by, TLS is for clients alone.
+    ours = {k: v for k, v in given.items() if router.mutual or k not in ("tls_cert", "tls_key")}
     base = fill(
         WorkerConfig,
-        {"served_model_name": model.name, **given, "model": str(model.path)},
+        {"served_model_name": model.name, **ours, "model": str(model.path)},
         router=_registry_address(router),
     )
     counts: dict[Role, int] = {"prefill": up.prefill, "decode": up.decode, "unified": up.unified}
@@ -168,7 +181,7 @@ def _placed(
 
 
 def _registry_address(router: RouterConfig) -> str:
-    if not router.tls_cert:
+    if not router.workers_apart:
         return f"{reachable_host(router.grpc_host)}:{router.grpc_port}"
     return f"{reachable_host(router.workers_host)}:{router.workers_port}"
 
@@ -177,7 +190,7 @@ def _with_ports(router: RouterConfig) -> RouterConfig:
     grpc_port = claim_port(router.grpc_host, router.grpc_port, name="grpc_port")
     http_port = claim_port(router.http_host, router.http_port, name="http_port", taken=grpc_port)
     ports = {"grpc_port": grpc_port, "http_port": http_port}
-    if router.tls_cert:
+    if router.workers_apart:
         ports["workers_port"] = claim_port(
             router.workers_host, router.workers_port, name="workers_port", taken=grpc_port
         )

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from baton.config import flags_for
+from baton.config import flags_for, settings_of
 from baton.lifetime import PARENT_VARIABLE
 
 LINES_KEPT = 20
@@ -20,9 +20,19 @@ OnLine = Callable[[str, str], None]
 """Called with a child's name and one line of its output."""
 
 
+SECRET = frozenset({"redis_url"})
+"""Settings that may hold a password: a command line is for every user of the machine to read."""
+
+
 def child_command(command: str, config: object) -> list[str]:
-    """The command line that runs `baton COMMAND` with exactly this configuration."""
-    return [sys.executable, "-P", "-m", "baton", command, *flags_for(config)]
+    """The command line that runs `baton COMMAND` with this configuration, all but its secrets."""
+    return [sys.executable, "-P", "-m", "baton", command, *flags_for(config, omit=SECRET)]
+
+
+def child_secrets(config: object) -> dict[str, str]:
+    """The environment that gives a child what its command line leaves out."""
+    known = settings_of(type(config))
+    return {known[name].variable: str(getattr(config, name)) for name in SECRET & known.keys()}
 
 
 def child_environment(environment: Mapping[str, str], *, settings: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.client import Client
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import Scalar, SettingsError, fill
 from baton.options import RequestOptions
 from baton.tables import journey_table, show, workers_table
@@ -98,7 +98,7 @@ class GenerateConfig:
 
 def run_generate(given: dict[str, Scalar]) -> int:
     """Streams one answer to standard output."""
-    config, tls = fill(GenerateConfig, given), fill(ClientTls, given)
+    config, access = fill(GenerateConfig, given), fill(ClientAccess, given)
     prompt = str(given["prompt"])
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -126,7 +126,7 @@ def run_generate(given: dict[str, Scalar]) -> int:
     if config.ebnf:
         options["ebnf"] = _text_or_file("ebnf", config.ebnf)
     with (
-        Client(config.router, config=tls.connection(config.router)) as client,
+        Client(config.router, config=access.connection(config.router)) as client,
         client.generate(prompt, timeout=config.request_timeout_s, **options) as stream,
     ):
         for chunk in stream:
@@ -150,8 +150,8 @@ def _text_or_file(flag: str, value: str) -> str:
 
 def run_ps(given: dict[str, Scalar]) -> int:
     """Prints the router's workers, once or live."""
-    config, tls = fill(RouterAddress, given), fill(ClientTls, given)
-    with Client(config.router, config=tls.connection(config.router)) as client:
+    config, access = fill(RouterAddress, given), fill(ClientAccess, given)
+    with Client(config.router, config=access.connection(config.router)) as client:
         if config.watch:
             watch_workers(client, interval_s=config.interval_s, timeout_s=config.timeout_s)
         else:

@@ -1,9 +1,12 @@
 """Tables for people: a request's journey, a router's workers."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from baton.messages import Report, ServerInfo, Usage, Worker
+from router.api_keys import LIMITS, ApiKey
 
 TTFT_PARTS = ("admission", "reserve", "queue", "prefill", "network")
 HANDOVER_PARTS = ("transfer_tail", "verify", "join", "first_decode_step", "handover_network")
@@ -29,6 +32,25 @@ def journey_table(report: Report, usage: Usage) -> Table:
     table.add_row("prompt tokens", str(usage.prompt_tokens))
     table.add_row("  of a cached prefix", str(usage.cached_tokens))
     table.add_row("completion tokens", str(usage.completion_tokens))
+    return table
+
+
+def keys_table(keys: Sequence[ApiKey]) -> Table:
+    """A file's keys, one a row."""
+    table = Table()
+    for heading in ("id", "tenant", "note", "state", "prefix group", "rights", "limits"):
+        table.add_column(heading)
+    for key in keys:
+        limits = [f"{name} {getattr(key, name)}" for name in LIMITS if getattr(key, name)]
+        table.add_row(
+            key.id,
+            key.tenant,
+            key.note,
+            "revoked" if key.revoked else "valid",
+            key.prefix_group,
+            "operator" if key.operator else "",
+            ", ".join(limits),
+        )
     return table
 
 

@@ -21,11 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.aio import AsyncClient
 from baton.config import settings_of
-from baton.connection import ConnectionConfig
 from baton.errors import RequestError
 from baton.messages import ServerInfo
 from baton.plan import Plan, PlannedWorker, UpConfig
-from baton.processes import Child, OnLine, child_command, child_environment
+from baton.processes import Child, OnLine, child_command, child_environment, child_secrets
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
@@ -35,9 +34,6 @@ POLL_S = 0.1
 PROGRESS_EVERY_S = 5.0
 RESTART_DELAY_S = 1.0
 ROUTER_GRACE_S = 5.0
-
-POLLING = ConnectionConfig(reconnect_wait_s=0.0)
-"""A router that is not there yet must not hold up the look at a child that has died."""
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -98,7 +94,7 @@ class Deployment:
         """
         plan = self._plan
         self._say(f"starting router, {', '.join(f'{n} {role}' for role, n in _counts(plan.up))}")
-        self._router = await self._start_child(ROUTER, child_command(ROUTER, plan.router))
+        self._router = await self._start_child(ROUTER, plan.router, command=ROUTER)
         for worker in plan.workers:
             await self._start_worker(worker)
         started = time.monotonic()
@@ -168,23 +164,28 @@ class Deployment:
         router = [] if self._router is None else [self._router]
         return router + list(self._workers.values())
 
-    async def _start_child(self, name: str, command: list[str]) -> Child:
+    async def _start_child(
+        self, name: str, config: RouterConfig | WorkerConfig, *, command: str
+    ) -> Child:
         return await Child.start(
-            name, command, environment=self._environment, on_line=self._on_line
+            name,
+            child_command(command, config),
+            environment={**self._environment, **child_secrets(config)},
+            on_line=self._on_line,
         )
 
     async def _start_worker(self, worker: PlannedWorker) -> None:
-        command = child_command(worker.role, worker.config)
-        self._workers[worker.name] = await self._start_child(worker.name, command)
+        self._workers[worker.name] = await self._start_child(
+            worker.name, worker.config, command=worker.role
+        )
 
     async def _wait_until_ready(self, started: float) -> Ready:
         plan = self._plan
         announced = started
+        connection = plan.workers_connection()
         async with (
-            AsyncClient(plan.workers_address, config=POLLING) as client,
-            grpc.aio.insecure_channel(
-                plan.workers_address, options=POLLING.channel_options()
-            ) as channel,
+            AsyncClient(plan.workers_address, config=connection) as client,
+            connection.open_async(plan.workers_address) as channel,
         ):
             health = health_pb2_grpc.HealthStub(channel)
             while True:

@@ -17,6 +17,7 @@ from kvtransfer.grpc_stream import KvSession, SessionHandler, SessionTiming, Slo
 from kvtransfer.orders import WriteOrder
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
 from protos.fingerprint import difference
+from protos.tls import PLAIN, TlsSettings, open_channel
 from protos.version import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -81,9 +82,11 @@ class KvSessionClient:
         transport: str = "auto",
         timing: SessionTiming | None = None,
         refused: Callable[[str, str], None] | None = None,
+        tls: TlsSettings = PLAIN,
     ) -> None:
         """`address`: host:port of decode's front; `info`: this worker; `outbox`: shared memory
         that orders read from; `refused(address, reason)` is called when the two do not fit."""
+        self._tls = tls
         self.address = address
         self._info = info
         self._handler = handler
@@ -138,7 +141,12 @@ class KvSessionClient:
 
     async def _dial(self) -> bool:
         """One connection from start to end; whether a session came about."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        try:
+            channel = open_channel(self.address, tls=self._tls, options=CHANNEL_OPTIONS)
+        except OSError as error:
+            logger.error("no KV session to %s: %s", self.address, error)
+            return False
+        async with channel:
             call = kv_pb2_grpc.KvStub(channel).Session()
 
             async def read() -> kv_pb2.KvFrame | None:

@@ -50,6 +50,7 @@ class PrefillFront:
             outbox=self._outbox,
             transport=self._front.config.transport,
             refused=refused,
+            tls=self._front.config,
         )
         self._clients[instance] = client
         self._tasks[instance] = asyncio.create_task(client.run(), name=f"kv session {instance}")

@@ -10,7 +10,8 @@ from http import HTTPStatus
 
 
 class ErrorCode(StrEnum):
-    """Names as in worker.proto's ErrorCode and in gRPC's status codes."""
+    """Names as in worker.proto's ErrorCode and in gRPC's status codes. The last two are said by
+    the router's doors alone."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     NOT_FOUND = "NOT_FOUND"
@@ -22,6 +23,8 @@ class ErrorCode(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ HTTP_ERRORS: dict[ErrorCode, HttpError] = {
     ErrorCode.DEADLINE_EXCEEDED: HttpError(HTTPStatus.GATEWAY_TIMEOUT, "server_error"),
     ErrorCode.DATA_LOSS: HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "server_error"),
     ErrorCode.INTERNAL: HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "server_error"),
+    ErrorCode.UNAUTHENTICATED: HttpError(HTTPStatus.UNAUTHORIZED, "invalid_request_error"),
+    ErrorCode.PERMISSION_DENIED: HttpError(HTTPStatus.FORBIDDEN, "invalid_request_error"),
 }
 
 

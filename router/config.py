@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from protos.tls import NEEDS, TlsSettings, check_pairs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(TlsSettings):
     """Everything that the router needs to start; every field has a default."""
 
     http_host: str = "127.0.0.1"
@@ -21,26 +23,31 @@ class RouterConfig:
     grpc_port: int = 50051
     """TCP port of the gRPC door; 0 picks a free one."""
 
-    tls_cert: str = ""
-    """PEM file with the certificate chain of both doors; empty: plain text."""
-
-    tls_key: str = ""
-    """PEM file with the private key of tls_cert."""
-
     tls_client_ca: str = ""
     """PEM file: only clients with a certificate of these authorities are served; empty: any."""
 
+    api_keys_file: str = ""
+    """YAML file with the digests of API keys (`baton keys`): both doors refuse whoever has none,
+    and count what each uses. It is read again when it changes. Empty: everybody is served."""
+
     workers_host: str = "127.0.0.1"
-    """With TLS, workers register in plain text on a door of their own; its address."""
+    """Where clients need TLS or an API key, workers register on a door of their own: with tls_ca in
+    mutual TLS, else in plain text. Its address."""
 
     workers_port: int = 50052
-    """TCP port of the workers' own door, open with TLS only; 0 picks a free one."""
+    """TCP port of the workers' own door, where there is one; 0 picks a free one."""
 
     tokenizer: str = ""
     """Directory with tokenizer.json (or that file); empty: the first registered worker's model."""
 
     served_model_name: str = ""
     """Name under which clients ask for the model; empty: the name that workers register."""
+
+    max_workers: int = 1024
+    """Most workers that are listed; one more is refused."""
+
+    max_worker_message_bytes: int = 64 << 20
+    """Largest message between router and workers; a prompt's ids take some 3 bytes each. Bytes."""
 
     max_queued_requests: int = 1024
     """Most requests in the router, waiting or running; one more is refused (429)."""
@@ -154,13 +161,16 @@ class RouterConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
 
+    @property
+    def workers_apart(self) -> bool:
+        """Workers register on a door of their own."""
+        return bool(self.tls_cert or self.api_keys_file)
+
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port", "workers_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
-        for name, other in TLS_NEEDS:
-            if getattr(self, name) and not getattr(self, other):
-                raise ValueError(f"{name} needs {other} as well: TLS takes a certificate and a key")
+        check_pairs(self, TLS_NEEDS)
         if self.max_replays < 0:
             raise ValueError(f"max_replays must not be negative, not {self.max_replays}")
         for name in POSITIVE:
@@ -185,10 +195,12 @@ class RouterConfig:
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
-TLS_NEEDS = (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert"))
+TLS_NEEDS = (*NEEDS, ("tls_ca", "tls_cert"), ("tls_client_ca", "tls_cert"))
 """Settings of TLS that mean nothing alone, and what each needs."""
 
 POSITIVE = (
+    "max_workers",
+    "max_worker_message_bytes",
     "max_queued_requests",
     "max_message_bytes",
     "max_body_bytes",

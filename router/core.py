@@ -7,8 +7,10 @@ import logging
 import time
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from protos.errors import BatonError, ErrorCode
+from router.callers import ANYBODY, Caller, CallerLimitError, Callers, UnknownCallerError
 from router.config import RouterConfig
 from router.detokenizer import IncrementalDetokenizer
 from router.fleet import Fleet, ModelFacts
@@ -31,6 +33,9 @@ from router.tokenizer import TextCodec, TokenizerSource
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_FULL_S = 1.0
+
+LiveKey = tuple[str, str]
+"""(tenant, request id): one tenant's ids neither meet another's nor tell of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,11 @@ class Router:
         self.draining = False
         """Set when the router stops: what runs may finish, nothing new is taken."""
         self._policy = policy or LeastLoaded()
-        self._live: dict[str, Journey | None] = {}
-        """By request id; None: it is being admitted."""
-        self._aborted: set[str] = set()
-        """Ids aborted by their client while they were being admitted."""
+        self._callers = Callers(Path(config.api_keys_file) if config.api_keys_file else None)
+        self._live: dict[LiveKey, Journey | None] = {}
+        """By tenant and request id; None: it is being admitted."""
+        self._aborted: set[LiveKey] = set()
+        """Those aborted by their client while they were being admitted."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,26 +93,32 @@ class Router:
         try:
             return await self._admit(spec, arrived_at)
         except BatonError as error:
+            if isinstance(error, CallerLimitError):
+                self.metrics.refusals.limit(error.limit)
             self.metrics.refused(error.code.value.lower())
             raise
 
     async def _admit(self, spec: RequestSpec, arrived_at: float) -> Admitted:
-        request_id = check_request_id(spec.request_id)
-        self._check_room(request_id)
-        self._live[request_id] = None
+        request_id, caller = check_request_id(spec.request_id), spec.caller
+        key = (caller.tenant, request_id)
+        self._check_room(key)
+        caller.enter()
+        self._live[key] = None
         self._idle.clear()
         self.metrics.in_flight = len(self._live)
         try:
             model = self.model(spec.model)
             ids, codec = await self._tokens(spec, model)
             check_prompt(ids, model=model)
+            caller.use_tokens(len(ids))
             request = GenerationRequest(
                 request_id=request_id,
                 model=model.name,
                 prompt_ids=ids,
                 sampling=resolve_sampling(spec, prompt_tokens=len(ids), model=model),
                 priority=check_priority(spec.priority),
-                cache_salt=check_cache_salt(spec.cache_salt),
+                cache_salt=caller.cache_salt(check_cache_salt(spec.cache_salt)),
+                caller=caller,
                 arrived_at=arrived_at,
                 deadline=arrived_at + self._timeout_s(spec),
                 stop=_stop(spec, codec),
@@ -122,22 +134,22 @@ class Router:
                 on_close=self._closed,
             )
         except BaseException:
-            self._release(request_id)
+            self._release(key, caller)
             raise
-        self._live[request_id] = journey
-        if request_id in self._aborted:
+        self._live[key] = journey
+        if key in self._aborted:
             journey.abort()
         return Admitted(journey, codec)
 
-    def _check_room(self, request_id: str) -> None:
+    def _check_room(self, key: LiveKey) -> None:
         if self.draining:
             raise BatonError(
                 ErrorCode.UNAVAILABLE, "the router is stopping", retry_after_s=RETRY_AFTER_FULL_S
             )
-        if request_id in self._live:
+        if key in self._live:
             raise BatonError(
                 ErrorCode.ALREADY_EXISTS,
-                f"a request with id {request_id} is running",
+                f"a request with id {key[1]} is running",
                 param="request_id",
             )
         if len(self._live) >= self.config.max_queued_requests:
@@ -187,13 +199,26 @@ class Router:
         made_of = f"{version()} {model.fingerprint if model is not None else ''}"
         return f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a running request. False: none of that id is running."""
-        if request_id not in self._live:
+    def authenticate(self, authorization: str | None, *, door: str) -> Caller:
+        """Who calls with that header at that door (grpc or http).
+
+        Raises:
+            BatonError: UNAUTHENTICATED; keys are asked for, and none that is known came.
+        """
+        try:
+            return self._callers.caller(authorization)
+        except UnknownCallerError as error:
+            self.metrics.refusals.auth(door, error.reason)
+            raise
+
+    def abort(self, request_id: str, *, caller: Caller = ANYBODY) -> bool:
+        """Ends a running request of the caller's tenant. False: none of that id is running."""
+        key = (caller.tenant, request_id)
+        if key not in self._live:
             return False
-        journey = self._live[request_id]
+        journey = self._live[key]
         if journey is None:
-            self._aborted.add(request_id)
+            self._aborted.add(key)
         else:
             journey.abort()
         return True
@@ -212,7 +237,9 @@ class Router:
                 journey.fail(error)
 
     def _closed(self, journey: Journey) -> None:
-        self._release(journey.request.request_id)
+        request = journey.request
+        self._release((request.caller.tenant, request.request_id), request.caller)
+        request.caller.use_tokens(journey.output_tokens)
         self.metrics.on_close(journey, output_tokens=journey.output_tokens)
         logger.info(
             "request %s ended: %s, %d prompt and %d output tokens, %d replays",
@@ -224,9 +251,10 @@ class Router:
             extra={"request_id": journey.request.request_id, "outcome": journey.outcome},
         )
 
-    def _release(self, request_id: str) -> None:
-        self._live.pop(request_id, None)
-        self._aborted.discard(request_id)
+    def _release(self, key: LiveKey, caller: Caller) -> None:
+        caller.leave()
+        self._live.pop(key, None)
+        self._aborted.discard(key)
         if not self._live:
             self._idle.set()
         self.metrics.in_flight = len(self._live)

@@ -12,14 +12,13 @@ from typing import Any
 
 import grpc
 import uvicorn
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
-from protos.baton.v1 import inference_pb2_grpc, worker_pb2_grpc
 from protos.errors import BatonError, ErrorCode
-from router import limits, registry_service, service, tls
+from router import limits, service, tls
 from router.config import RouterConfig
 from router.core import Router
+from router.grpc_doors import make_grpc_doors
 from router.http.app import create_app
 from router.http.connection import BoundedProtocol, ConnectionBounds
 from router.registry_choice import make_registry
@@ -34,7 +33,7 @@ class Ports:
     http: int
     grpc: int
     workers: int
-    """Where workers register: the gRPC door, or their own where that one speaks TLS."""
+    """Where workers register: the gRPC door, or their own (`workers_apart`)."""
 
 
 class _HttpServer(uvicorn.Server):
@@ -43,14 +42,6 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class _Overview(inference_pb2_grpc.InferenceServicer):
-    """What the workers' door tells of the public service: no requests, just what is there."""
-
-    def __init__(self, inference: service.InferenceService) -> None:
-        self.ListModels = inference.ListModels  # type: ignore[method-assign]
-        self.GetServerInfo = inference.GetServerInfo  # type: ignore[method-assign]
 
 
 class RouterServer:
@@ -70,7 +61,8 @@ class RouterServer:
         config = self.config
         listener = _listen(config)
         try:
-            grpc_port, workers_port = self._make_grpc()
+            doors = make_grpc_doors(self.router, self._checks)
+            self._grpc = doors.servers
             for server in self._grpc:
                 await server.start()
         except BaseException:
@@ -82,7 +74,9 @@ class RouterServer:
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http door"),
             asyncio.create_task(self._keep_readiness(), name="readiness"),
         ]
-        ports = Ports(http=listener.getsockname()[1], grpc=grpc_port, workers=workers_port)
+        ports = Ports(
+            http=listener.getsockname()[1], grpc=doors.clients_port, workers=doors.workers_port
+        )
         while not self._http.started:
             if self._tasks[0].done():
                 self._tasks[0].result()
@@ -124,44 +118,6 @@ class RouterServer:
     async def __aexit__(self, *error: object) -> None:
         await self.stop(drain_timeout_s=0.0)
 
-    def _make_grpc(self) -> tuple[int, int]:
-        """Makes the gRPC doors; their ports: the public one's and the workers'."""
-        config = self.config
-        credentials = tls.grpc_credentials(config)
-        public = self._grpc_server()
-        inference_pb2_grpc.add_InferenceServicer_to_server(
-            service.InferenceService(self.router), public
-        )
-        self._grpc = [public]
-        if credentials is None:
-            self._add_registry(public)
-            _reflect(public, service.SERVICE_NAME, registry_service.SERVICE_NAME)
-            port = _bind(public, config.grpc_host, config.grpc_port)
-            return port, port
-        _reflect(public, service.SERVICE_NAME)
-        port = _bind(public, config.grpc_host, config.grpc_port, credentials)
-        workers = self._grpc_server()
-        inference_pb2_grpc.add_InferenceServicer_to_server(
-            _Overview(service.InferenceService(self.router)), workers
-        )
-        self._add_registry(workers)
-        _reflect(workers, service.SERVICE_NAME, registry_service.SERVICE_NAME)
-        self._grpc.append(workers)
-        return port, _bind(workers, config.workers_host, config.workers_port)
-
-    def _grpc_server(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=limits.grpc_options(self.config))
-        health_pb2_grpc.add_HealthServicer_to_server(self._checks, server)
-        return server
-
-    def _add_registry(self, server: grpc.aio.Server) -> None:
-        worker_pb2_grpc.add_RegistryServicer_to_server(
-            registry_service.RegistryService(
-                self.router.fleet, heartbeat_interval_s=self.config.heartbeat_interval_s
-            ),
-            server,
-        )
-
     def _make_http(self) -> _HttpServer:
         config = self.config
         bounds = ConnectionBounds(
@@ -169,6 +125,8 @@ class RouterServer:
             write_timeout_s=config.write_timeout_s,
             max_header_bytes=config.max_header_bytes,
             max_connections=limits.allow_files(config.max_connections),
+            tls_handshake_s=limits.HANDSHAKE_TIMEOUT_MS / 1e3 if config.tls_cert else 0.0,
+            on_refused=self.router.metrics.refusals.http_connection,
         )
         protocol: Any = functools.partial(BoundedProtocol, bounds=bounds)
         return _HttpServer(
@@ -188,7 +146,10 @@ class RouterServer:
 
     async def _keep_readiness(self) -> None:
         """Readiness by service name; liveness ("") is SERVING from the start."""
+        files = tls.clients_files(self.config)
         while True:
+            if files is not None and files.changed() and self._http is not None:
+                tls.renew(self._http.config, self.config)
             ready = not self.router.why_not_ready()
             status = health_pb2.HealthCheckResponse
             await self._checks.set(
@@ -257,28 +218,6 @@ async def _signals() -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-
-
-def _reflect(server: grpc.aio.Server, *names: str) -> None:
-    reflection.enable_server_reflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
-
-
-def _bind(
-    server: grpc.aio.Server,
-    host: str,
-    port: int,
-    credentials: grpc.ServerCredentials | None = None,
-) -> int:
-    """The port that a gRPC server got. Raises OSError that names the address."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        if credentials is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise OSError(f"cannot listen on {address} for gRPC: {error}") from error
 
 
 def _listen(config: RouterConfig) -> socket.socket:

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from router.fleet import Fleet
 from router.journey import Journey
+from router.refusals import Refusals
 from router.registry import state_name
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -21,6 +22,7 @@ class RouterMetrics:
         self.in_flight = 0
         """Requests between admission and their end."""
         self._registry = CollectorRegistry()
+        self.refusals = Refusals(self._registry)
         self._requests = Counter(
             "baton_requests_total",
             "Requests by how they ended: a finish reason, an error code, or client_gone",

@@ -54,6 +54,7 @@ def _kubernetes(config: RouterConfig) -> WorkerRegistry:
         source,
         look_interval_s=config.heartbeat_interval_s,
         describe_timeout_s=config.silence_timeout_s,
+        tls=config,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 import grpc
 
 from protos.baton.v1 import worker_pb2
+from protos.tls import PLAIN, TlsSettings, open_channel
 from router.registry import (
     ROLES,
     RegistryHealth,
@@ -97,6 +98,7 @@ class PodRegistry(WorkerRegistry):
         look_interval_s: float,
         describe_timeout_s: float,
         describe: Describe | None = None,
+        tls: TlsSettings = PLAIN,
     ) -> None:
         """
         Args:
@@ -104,11 +106,13 @@ class PodRegistry(WorkerRegistry):
             look_interval_s: pause between two looks at pods whose worker has no session.
             describe_timeout_s: longest a worker may take to say what it is.
             describe: asks it; None: over gRPC.
+            tls: how it is asked.
         """
         super().__init__()
         self._source = source
         self._look_interval_s = look_interval_s
         self._timeout_s = describe_timeout_s
+        self._tls = tls
         self._describe = describe or self._ask
         self._pods: dict[str, Pod] = {}
         self._found: dict[str, str] = {}
@@ -274,7 +278,7 @@ class PodRegistry(WorkerRegistry):
     async def _ask(self, address: str) -> worker_pb2.RegisterRequest:
         # A channel of its own, which cannot be in the back-off of an earlier failure.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
+        async with open_channel(address, tls=self._tls, options=options) as channel:
             call = channel.unary_unary(
                 "/baton.v1.Worker/Describe",
                 request_serializer=worker_pb2.DescribeRequest.SerializeToString,

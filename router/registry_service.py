@@ -1,6 +1,7 @@
 """The registry's gRPC door: workers register, send heartbeats and leave here, and operators tell
 them to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -15,7 +16,17 @@ SERVICE_NAME = "baton.v1.Registry"
 class RegistryService(worker_pb2_grpc.RegistryServicer):
     """Translates; the rules are the registry's."""
 
-    def __init__(self, fleet: Fleet, *, heartbeat_interval_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        heartbeat_interval_s: float,
+        max_workers: int,
+        on_refused: Callable[[str], None],
+    ) -> None:
+        """`max_workers`: most that are listed; `on_refused` is told why one is not used."""
+        self._max_workers = max_workers
+        self._on_refused = on_refused
         self._fleet = fleet
         self._registry = fleet.registry
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -23,7 +34,20 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
     async def Register(
         self, request: worker_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.RegisterResponse:
+        problem = too_long(request)
+        if problem:
+            self._on_refused("malformed")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        known = self._registry.members.get(request.instance_id) is not None
+        if not known and len(list(self._registry.workers())) >= self._max_workers:
+            self._on_refused("full")
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._max_workers} workers are listed, the router's limit (max_workers)",
+            )
         reason = await self._registry.register(request)
+        if reason:
+            self._on_refused(_kind(reason))
         return worker_pb2.RegisterResponse(
             accepted=not reason, reason=reason, heartbeat_interval_s=self._heartbeat_interval_s
         )
@@ -51,3 +75,39 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
             await context.abort(grpc.StatusCode[error.code.value], error.message)
             raise
         return worker_pb2.DrainWorkerResponse(instance_id=instance_id)
+
+
+MAX_NAME_CHARACTERS = 256
+MAX_PATH_CHARACTERS = 4096
+MAX_LISTED = 256
+"""Most entries of a registration's lists."""
+
+
+def too_long(request: worker_pb2.RegisterRequest) -> str:
+    """What of a registration is longer than anything real; empty: nothing."""
+    limits = {
+        "instance_id": (request.instance_id, MAX_NAME_CHARACTERS),
+        "address": (request.address, MAX_NAME_CHARACTERS),
+        "fingerprint": (request.fingerprint, MAX_NAME_CHARACTERS),
+        "model.name": (request.model.name, MAX_PATH_CHARACTERS),
+        "model.path": (request.model.path, MAX_PATH_CHARACTERS),
+        "engine_pids": (request.engine_pids, MAX_LISTED),
+        "transports": (request.transports, MAX_LISTED),
+        "model.eos_token_ids": (request.model.eos_token_ids, MAX_LISTED),
+    }
+    for name, (value, limit) in limits.items():
+        if len(value) > limit:
+            return f"{name} has a length of {len(value)}; at most {limit} is taken"
+    return ""
+
+
+def _kind(reason: str) -> str:
+    """A label for a reason, of which there must be few."""
+    for kind, sign in (
+        ("protocol", "protocol version"),
+        ("fingerprint", "fingerprint"),
+        ("replaced", "started later"),
+    ):
+        if sign in reason:
+            return kind
+    return "other"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from protos.baton.v1 import inference_pb2, worker_pb2
 from protos.errors import BatonError, ErrorCode
+from router.callers import ANYBODY, Caller
 from router.fleet import ModelFacts
 
 MAX_REQUEST_ID_CHARACTERS = 256
@@ -53,6 +54,8 @@ class RequestSpec:
     priority: int = 0
     timeout_s: float | None = None
     """The client's own deadline."""
+    caller: Caller = ANYBODY
+    """Whose request it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class GenerationRequest:
     sampling: worker_pb2.ResolvedSampling
     priority: int
     cache_salt: str
+    caller: Caller = ANYBODY
+    """Whose it is."""
     arrived_at: float
     """Seconds, monotonic."""
     deadline: float

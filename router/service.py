@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import grpc
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from protos.errors import BatonError, ErrorCode
 from protos.version import PROTOCOL_VERSION
+from router.callers import Caller
 from router.core import Router, version
 from router.grammar import check_grammar
 from router.output import Delta
@@ -19,6 +21,7 @@ from router.stall import StallGuard
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "baton.v1.Inference"
+NOT_AN_OPERATOR = "this API key may not see the workers; an operator's may (`operator: true`)"
 RETRY_AFTER_KEY = "retry-after"
 """Trailing metadata: seconds after which another try makes sense."""
 PARAM_KEY = "baton-param"
@@ -47,7 +50,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await abort(context, BatonError(ErrorCode.INTERNAL, "an error inside the router"))
 
     async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        spec = spec_of(request, timeout_s=context.time_remaining())
+        caller = self._caller(context)
+        spec = replace(spec_of(request, timeout_s=context.time_remaining()), caller=caller)
         admitted = await self._router.admit(spec)
         with contextlib.closing(admitted.journey) as journey:
             request_id = journey.request.request_id
@@ -66,35 +70,67 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.AbortResponse:
-        return inference_pb2.AbortResponse(found=self._router.abort(request.request_id))
+        caller = await self._checked(context)
+        found = self._router.abort(request.request_id, caller=caller)
+        return inference_pb2.AbortResponse(found=found)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ListModelsResponse:
-        model = self._router.fleet.model()
-        if model is None:
-            return inference_pb2.ListModelsResponse()
-        card = inference_pb2.ModelCard(
-            id=model.name,
-            created=int(self._router.started_at),
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-        )
-        return inference_pb2.ListModelsResponse(models=[card])
+        await self._checked(context)
+        return models_of(self._router)
 
     async def GetServerInfo(
         self,
         request: inference_pb2.GetServerInfoRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> inference_pb2.GetServerInfoResponse:
-        await self._router.fleet.refresh()
-        return inference_pb2.GetServerInfoResponse(
-            version=version(),
-            protocol_version=PROTOCOL_VERSION,
-            workers=[record.info() for record in self._router.fleet.registry.workers()],
-            router_id=self._router.fleet.router_id,
-            registry=self._router.fleet.registry.info(),
-        )
+        caller = await self._checked(context)
+        if not caller.operator:
+            self._router.metrics.refusals.auth("grpc", "forbidden")
+            await abort(context, BatonError(ErrorCode.PERMISSION_DENIED, NOT_AN_OPERATOR))
+        return await server_info_of(self._router)
+
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        """Raises BatonError (UNAUTHENTICATED)."""
+        for key, value in context.invocation_metadata() or ():
+            if key == "authorization" and isinstance(value, str):
+                return self._router.authenticate(value, door="grpc")
+        return self._router.authenticate(None, door="grpc")
+
+    async def _checked(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        """The caller; ends the call of one who is unknown."""
+        try:
+            return self._caller(context)
+        except BatonError as error:
+            await abort(context, error)
+            raise
+
+
+def models_of(router: Router) -> inference_pb2.ListModelsResponse:
+    """The model served, if there is one."""
+    model = router.fleet.model()
+    if model is None:
+        return inference_pb2.ListModelsResponse()
+    card = inference_pb2.ModelCard(
+        id=model.name,
+        created=int(router.started_at),
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )
+    return inference_pb2.ListModelsResponse(models=[card])
+
+
+async def server_info_of(router: Router) -> inference_pb2.GetServerInfoResponse:
+    """The router and its workers, asked now."""
+    await router.fleet.refresh()
+    return inference_pb2.GetServerInfoResponse(
+        version=version(),
+        protocol_version=PROTOCOL_VERSION,
+        workers=[record.info() for record in router.fleet.registry.workers()],
+        router_id=router.fleet.router_id,
+        registry=router.fleet.registry.info(),
+    )
 
 
 def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) -> RequestSpec:

@@ -1,33 +1,40 @@
-"""TLS of the router's two doors, read once at start so that a wrong file fails there, by name.
+"""TLS of the router's doors: what clients see, and what workers see.
 
-Workers register in plain text, on a trusted network, through a door of their own (`workers_host`,
-`workers_port`): it opens only where the public gRPC door speaks TLS, and takes no requests.
+Clients get the certificate and, with `tls_client_ca`, show one. Workers register at a door of
+their own then (`router/grpc_doors.py`): in mutual TLS with `tls_ca`, else in plain text.
+Files are checked at the start, by name.
 """
 
 import ssl
-from pathlib import Path
 from typing import Any
 
-import grpc
+import uvicorn
 
+from protos.tls import ServerFiles, check_files
 from router.config import RouterConfig
 
 
-def grpc_credentials(config: RouterConfig) -> grpc.ServerCredentials | None:
-    """Credentials of the gRPC door; None: plain text.
+def clients_files(config: RouterConfig) -> ServerFiles | None:
+    """Of the clients' door; None: plain text.
 
     Raises:
-        OSError: a file cannot be read, or it holds no usable certificate or key.
+        OSError: a file cannot be read, or does not hold what it should.
     """
     if not config.tls_cert:
         return None
-    _check(config)
-    client_ca = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
-    return grpc.ssl_server_credentials(
-        [(Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
+    trusted = [("tls_ca", config.tls_ca), ("tls_client_ca", config.tls_client_ca)]
+    check_files(config, *[(name, file) for name, file in trusted if file])
+    _keep_apart(config)
+    return ServerFiles(
+        certificate=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca
     )
+
+
+def workers_files(config: RouterConfig) -> ServerFiles | None:
+    """Of the workers' door; None: plain text."""
+    if not config.mutual:
+        return None
+    return ServerFiles(certificate=config.tls_cert, key=config.tls_key, client_ca=config.tls_ca)
 
 
 def uvicorn_options(config: RouterConfig) -> dict[str, Any]:
@@ -40,24 +47,25 @@ def uvicorn_options(config: RouterConfig) -> dict[str, Any]:
     return options
 
 
-def _check(config: RouterConfig) -> None:
-    # gRPC takes unusable files without a word and then refuses every handshake.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    for name in ("tls_cert", "tls_key", "tls_client_ca"):
-        path = getattr(config, name)
-        if path and not Path(path).is_file():
-            raise OSError(f"{name}: there is no file {path}")
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except ssl.SSLError as error:
+def renew(served: uvicorn.Config, config: RouterConfig) -> None:
+    """Has the HTTP door show what the certificate's files hold now to whoever connects next."""
+    if served.ssl is not None:
+        served.ssl.load_cert_chain(config.tls_cert, config.tls_key)
+
+
+def _keep_apart(config: RouterConfig) -> None:
+    """Raises OSError where an authority signs clients and workers."""
+    if not (config.tls_ca and config.tls_client_ca):
+        return
+    inside, outside = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+    )
+    inside.load_verify_locations(config.tls_ca)
+    outside.load_verify_locations(config.tls_client_ca)
+    known = set(inside.get_ca_certs(binary_form=True))
+    if known & set(outside.get_ca_certs(binary_form=True)):
         raise OSError(
-            f"tls_cert {config.tls_cert} and tls_key {config.tls_key} are no PEM certificate with "
-            f"its own key: {error}"
-        ) from error
-    if config.tls_client_ca:
-        try:
-            context.load_verify_locations(config.tls_client_ca)
-        except ssl.SSLError as error:
-            raise OSError(
-                f"tls_client_ca: {config.tls_client_ca} holds no PEM certificate: {error}"
-            ) from error
+            f"tls_ca {config.tls_ca} and tls_client_ca {config.tls_client_ca} share an authority: "
+            "a client could register as a worker and be given prompts. Sign clients with another"
+        )

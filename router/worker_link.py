@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import grpc
 
 from protos.baton.v1 import worker_pb2
+from protos.tls import open_channel
 from protos.version import PROTOCOL_VERSION
 from router.config import RouterConfig
 from router.registry import WorkerRecord
@@ -24,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.1
 LAST_BACKOFF_S = 2.0
-MAX_MESSAGE_BYTES = 64 << 20
-"""Both ways between router and workers: a prompt's ids travel as varints, some 3 bytes each."""
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A new dial must not wait for the back-off of the one before, so channels share nothing.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
@@ -202,9 +199,14 @@ class WorkerLink:
 
     async def _session(self) -> None:
         """Runs one session to its end. Raises SessionLost or grpc.RpcError; never returns."""
-        async with grpc.aio.insecure_channel(
-            self.record.registration.address, options=CHANNEL_OPTIONS
-        ) as channel:
+        limit = self._config.max_worker_message_bytes
+        options = [
+            *CHANNEL_OPTIONS,
+            ("grpc.max_send_message_length", limit),
+            ("grpc.max_receive_message_length", limit),
+        ]
+        address = self.record.registration.address
+        async with open_channel(address, tls=self._config, options=options) as channel:
             open_session = channel.stream_stream(
                 "/baton.v1.Worker/Session",
                 request_serializer=worker_pb2.RouterMessage.SerializeToString,

@@ -1,10 +1,12 @@
 """Settings of a worker process, one dataclass: flags, BATON_* variables and YAML all fill it."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 from engine.scheduler.config import SchedulePolicyName
 from engine.types import HostWritePolicy, RadixEvictionPolicy
+from protos.tls import TlsSettings, check_pairs
 
 Role = Literal["prefill", "decode", "unified"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -15,7 +17,7 @@ Overlap = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(TlsSettings):
     """Everything that a worker of any role needs to start."""
 
     model: str
@@ -105,6 +107,10 @@ class WorkerConfig:
     max_running_requests: int = 256
     """Most requests in one decode batch."""
 
+    max_worker_message_bytes: int = 64 << 20
+    """Largest message between router and workers, and among workers; a prompt's ids take some 3
+    bytes each. Bytes."""
+
     max_queued_requests: int = 4096
     """Most requests that wait in this worker; one more is refused with RESOURCE_EXHAUSTED."""
 
@@ -180,3 +186,14 @@ class WorkerConfig:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
+
+    def __post_init__(self) -> None:
+        check_pairs(self, TLS_NEEDS)
+        if not self.max_worker_message_bytes > 0:
+            raise ValueError(
+                f"max_worker_message_bytes must be above 0, not {self.max_worker_message_bytes}"
+            )
+
+
+TLS_NEEDS = tuple(itertools.permutations(("tls_cert", "tls_key", "tls_ca"), 2))
+"""A worker meets only router and workers, which always check each other."""

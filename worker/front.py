@@ -30,6 +30,7 @@ from worker.drain import DrainClock
 from worker.engine_handle import EngineHandle, EngineStartError
 from worker.peer_lists import PeerLists
 from worker.registration import register_with_all, router_addresses
+from worker.server import WorkerServer
 from worker.service import RouterSession, WorkerService
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ LEAVE_LIMIT_S = 2.0
 """Longest a drained worker waits for a router to read its last words."""
 DEAD_GRACE_S = 0.5
 """Longest the front of a dead engine tries to take its leave of the router."""
-MAX_MESSAGE_BYTES = 64 << 20
-HANDSHAKE_TIMEOUT_MS = 10_000
 
 
 class FrontRole(Protocol):
@@ -99,6 +98,11 @@ class WorkerFront:
 
     async def run(self) -> int:
         """Starts engine and server, serves until drained or the engine dies; the exit status."""
+        try:
+            door = WorkerServer(self.config)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
@@ -112,15 +116,7 @@ class WorkerFront:
             print(f"error: {error}", file=sys.stderr, flush=True)
             await self.engine.stop()
             return 1
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-                # Whoever connects and does not speak gRPC is cut off; the default is 120 s.
-                ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-            ]
-        )
+        server = door.grpc
         checks = HealthServicer()
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -128,15 +124,11 @@ class WorkerFront:
         names += self.role.attach(self, server)
         reflection.enable_server_reflection(names, server)
         try:
-            port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
-        except RuntimeError as error:
-            print(
-                f"error: cannot listen on {self.config.host}:{self.config.port}: {error}",
-                file=sys.stderr,
-            )
+            self.address = door.bind()
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
             await self.engine.stop()
             return 1
-        self.address = f"{self.config.host}:{port}"
         await server.start()
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         logger.info("%s serves on %s", self.instance_id, self.address)
@@ -148,6 +140,7 @@ class WorkerFront:
                 router_addresses(self.config.router),
                 request=self.describe(),
                 status=lambda: self._status,
+                tls=self.config,
             )
         )
         pump = asyncio.create_task(self.engine.pump(self._on_engine_message))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from protos.tls import PLAIN, TlsSettings, open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ async def register_with_all(
     *,
     request: worker_pb2.RegisterRequest,
     status: Callable[[], worker_pb2.WorkerStatus],
+    tls: TlsSettings = PLAIN,
 ) -> None:
     """Keeps a worker known to every router; runs until cancelled."""
     if not routers:
@@ -49,7 +51,7 @@ async def register_with_all(
     # A group cancels each once: a second time would cut their goodbyes short.
     async with asyncio.TaskGroup() as group:
         for router in routers:
-            registration = Registration(router=router, request=request, status=status)
+            registration = Registration(router=router, request=request, status=status, tls=tls)
             group.create_task(registration.run(), name=f"registration with {router}")
 
 
@@ -62,24 +64,37 @@ class Registration:
         router: str,
         request: worker_pb2.RegisterRequest,
         status: Callable[[], worker_pb2.WorkerStatus],
+        tls: TlsSettings = PLAIN,
     ) -> None:
+        self._tls = tls
         self._router = router
         self._request = request
         self._status = status
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        async with grpc.aio.insecure_channel(self._router, options=CHANNEL_OPTIONS) as channel:
-            stub = worker_pb2_grpc.RegistryStub(channel)
+        while True:
             try:
-                while True:
+                # Anew after each failure: a certificate may have been replaced since.
+                channel = open_channel(self._router, tls=self._tls, options=CHANNEL_OPTIONS)
+            except OSError as error:
+                logger.error("no connection to router %s: %s", self._router, error)
+                await asyncio.sleep(REFUSED_RETRY_S)
+                continue
+            async with channel:
+                stub = worker_pb2_grpc.RegistryStub(channel)
+                try:
                     await self._register_and_beat(stub)
-            finally:
-                with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-                    await stub.Deregister(
-                        worker_pb2.DeregisterRequest(instance_id=self._request.instance_id),
-                        timeout=RPC_TIMEOUT_S,
-                    )
+                except asyncio.CancelledError:
+                    await self._leave(stub)
+                    raise
+
+    async def _leave(self, stub: worker_pb2_grpc.RegistryStub) -> None:
+        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+            await stub.Deregister(
+                worker_pb2.DeregisterRequest(instance_id=self._request.instance_id),
+                timeout=RPC_TIMEOUT_S,
+            )
 
     async def _register_and_beat(self, stub: worker_pb2_grpc.RegistryStub) -> None:
         try:

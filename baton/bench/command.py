@@ -24,7 +24,7 @@ from baton.bench.plot import check_matplotlib, draw
 from baton.bench.sample import Sample
 from baton.bench.settings import BenchConfig
 from baton.bench.tables import latency_table, totals_table, write_json
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import Scalar, SettingsError, fill
 from baton.errors import Unavailable
 from baton.tables import show
@@ -37,7 +37,7 @@ GRACE_S = 5.0
 
 def run_bench(given: dict[str, Scalar]) -> int:
     """Runs one benchmark; status 1 where no request succeeded."""
-    config, tls = fill(BenchConfig, given), fill(ClientTls, given)
+    config, access = fill(BenchConfig, given), fill(ClientAccess, given)
     if config.plot:
         check_matplotlib()
     for name in ("json", "plot"):
@@ -47,21 +47,21 @@ def run_bench(given: dict[str, Scalar]) -> int:
     try:
         import uvloop
     except ImportError:
-        result, samples, model = asyncio.run(bench(config, tls))
+        result, samples, model = asyncio.run(bench(config, access))
     else:
-        result, samples, model = uvloop.run(bench(config, tls))
+        result, samples, model = uvloop.run(bench(config, access))
     report(config, result, samples, model=model)
     return 0 if result.succeeded else 1
 
 
-async def bench(config: BenchConfig, tls: ClientTls) -> tuple[Figures, list[Sample], str]:
+async def bench(config: BenchConfig, access: ClientAccess) -> tuple[Figures, list[Sample], str]:
     """The figures, every request's sample, and the model's name.
 
     Raises:
         RequestError: the server is out of reach, or does not serve the model.
         SettingsError: the settings do not fit the server.
     """
-    door = open_door(config.url, tls=tls, timeout_s=config.request_timeout_s)
+    door = open_door(config.url, access=access, timeout_s=config.request_timeout_s)
     async with door:
         model = await door.model(config.model)
         vocab_size = vocabulary(model, given=config.vocab_size)

@@ -13,7 +13,7 @@ import httpx
 from baton.aio import AsyncClient
 from baton.bench.plan import PlannedRequest
 from baton.bench.sample import Sample
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import SettingsError
 from baton.errors import NotFound, Unavailable
 
@@ -63,23 +63,23 @@ class Door(Protocol):
     ) -> None: ...
 
 
-def open_door(url: str, *, tls: ClientTls, timeout_s: float) -> Door:
+def open_door(url: str, *, access: ClientAccess, timeout_s: float) -> Door:
     """The door at an address; its scheme says which.
 
     Raises:
         SettingsError: the TLS settings cannot be used.
     """
     if url.startswith("grpc"):
-        return GrpcDoor(url, tls=tls, timeout_s=timeout_s)
-    return HttpDoor(url, tls=tls, timeout_s=timeout_s)
+        return GrpcDoor(url, access=access, timeout_s=timeout_s)
+    return HttpDoor(url, access=access, timeout_s=timeout_s)
 
 
 class GrpcDoor:
     """baton.v1.Inference."""
 
-    def __init__(self, url: str, *, tls: ClientTls, timeout_s: float) -> None:
+    def __init__(self, url: str, *, access: ClientAccess, timeout_s: float) -> None:
         # No waiting for a lost connection: it is an error to be counted, not to be smoothed over.
-        config = replace(tls.connection(url), reconnect_wait_s=0.0)
+        config = replace(access.connection(url), reconnect_wait_s=0.0)
         self._client = AsyncClient(url, config=config)
         self._timeout_s = timeout_s
         self._model = ""
@@ -128,13 +128,14 @@ class HttpDoor:
     as one token's arrival, and the number of tokens comes from the usage at the end.
     """
 
-    def __init__(self, url: str, *, tls: ClientTls, timeout_s: float) -> None:
-        context = tls.ssl_context(url)
+    def __init__(self, url: str, *, access: ClientAccess, timeout_s: float) -> None:
+        context = access.ssl_context(url)
         self._base = url.rstrip("/").removesuffix("/v1")
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             # As many connections as there are requests under way: queueing here would be measured.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            headers=access.http_headers(),
             verify=True if context is None else context,
         )
         self._body: dict[str, Any] = {}

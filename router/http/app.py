@@ -15,6 +15,7 @@ from router.http.chat_request import ChatRequest
 from router.http.completion_request import CompletionRequest
 from router.http.completions import create_completion
 from router.http.errors import install, json_response
+from router.http.key_gate import KeyGate, only_operators
 from router.http.openapi import answers, describe, ref, takes
 from router.http.tokenization import (
     DetokenizeRequest,
@@ -32,6 +33,7 @@ def create_app(router: Router) -> FastAPI:
     """The HTTP door of one router."""
     app = FastAPI(title="Baton", version=version(), docs_url=None, redoc_url=None)
     install(app)
+    app.add_middleware(KeyGate, router=router)
     _add_generation(app, router)
     _add_tokens(app, router)
     _add_models(app, router)
@@ -42,7 +44,7 @@ def create_app(router: Router) -> FastAPI:
 
 def _add_generation(app: FastAPI, router: Router) -> None:
     # Bodies are read by hand: bounded, strict, and with OpenAI's error objects.
-    errors = (400, 404, 408, 409, 413, 429, 500, 503, 504)
+    errors = (400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
 
     @app.post(
         "/v1/completions",
@@ -66,7 +68,7 @@ def _add_generation(app: FastAPI, router: Router) -> None:
 
 
 def _add_tokens(app: FastAPI, router: Router) -> None:
-    errors = (400, 404, 408, 413, 500, 503)
+    errors = (400, 401, 404, 408, 413, 429, 500, 503)
 
     @app.post(
         "/tokenize",
@@ -147,8 +149,9 @@ def _add_operations(app: FastAPI, router: Router) -> None:
         response_class=Response,
         responses={200: {"description": "The workers", "content": listed}},
     )
-    async def workers() -> Response:
-        """All workers with their figures, asked now."""
+    async def workers(request: Request) -> Response:
+        """All workers with their figures, asked now; with API keys, for operators."""
+        only_operators(router, request)
         await router.fleet.refresh()
         return json_response([worker_object(r) for r in router.fleet.registry.workers()])
 

@@ -13,6 +13,7 @@ from router.http.answer import Answer, stop_reason
 from router.http.body import read_json
 from router.http.chat_request import ChatRequest, TemplateFields, Tool, parse
 from router.http.choices import Choices
+from router.http.key_gate import caller_of
 from router.http.logprobs import TokenNames, chat_logprobs
 from router.http.messages import for_template
 from router.http.serve import respond
@@ -36,7 +37,9 @@ async def create_chat_completion(router: Router, request: Request) -> Response:
     prompt_ids = await encode_messages(body, codec, tools=body.shown_tools)
     try:
         spec = body.spec_for(prompt_ids)
-        choices = await Choices.admit(router, [spec], per_prompt=body.choices())
+        choices = await Choices.admit(
+            router, [spec], per_prompt=body.choices(), caller=caller_of(request)
+        )
     except BatonError as error:
         error.param = _own_name(error.param, body)
         raise

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
+from router.callers import Caller
 from router.core import Admitted, Router
 from router.output import Delta
 from router.request import RequestSpec
@@ -24,7 +25,7 @@ class Choices:
 
     @classmethod
     async def admit(
-        cls, router: Router, specs: Sequence[RequestSpec], *, per_prompt: int
+        cls, router: Router, specs: Sequence[RequestSpec], *, per_prompt: int, caller: Caller
     ) -> "Choices":
         """Gives every choice its place, or none.
 
@@ -32,6 +33,7 @@ class Choices:
             router: runs them.
             specs: one a prompt.
             per_prompt: choices for each; choice i draws with the prompt's seed + i.
+            caller: whose they are.
 
         Raises:
             BatonError: as Router.admit, for the first that is refused.
@@ -43,7 +45,9 @@ class Choices:
                 for index in range(per_prompt):
                     many = len(specs) * per_prompt > 1
                     own_id = f"{request_id}-{len(admitted)}" if many else request_id
-                    own = replace(spec, request_id=own_id, seed=_seed(spec.seed, index))
+                    own = replace(
+                        spec, request_id=own_id, seed=_seed(spec.seed, index), caller=caller
+                    )
                     if index:
                         # The first choice has made the tokens.
                         own = replace(own, prompt=admitted[-1].journey.request.prompt_ids)

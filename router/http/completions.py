@@ -12,6 +12,7 @@ from router.http.answer import Answer, stop_reason
 from router.http.body import read_json
 from router.http.choices import Choices
 from router.http.completion_request import CompletionRequest, parse
+from router.http.key_gate import caller_of
 from router.http.logprobs import LegacyLogprobs, TokenNames
 from router.http.serve import respond
 from router.output import Delta, OutputToken
@@ -40,7 +41,7 @@ async def create_completion(router: Router, request: Request) -> Response:
     )
     per_prompt = body.choices(prompts=len(body.prompt))
     specs = [body.spec_for(prompt) for prompt in body.prompt]
-    choices = await Choices.admit(router, specs, per_prompt=per_prompt)
+    choices = await Choices.admit(router, specs, per_prompt=per_prompt, caller=caller_of(request))
     try:
         logger.debug("request %s over HTTP, user %r", choices.id, body.user)
         prompts = await _prompt_texts(choices, body) if body.echo else []

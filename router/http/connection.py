@@ -15,6 +15,7 @@ The number of connections is bounded, too; where it is reached, the longest idle
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -51,6 +52,12 @@ class ConnectionBounds:
     max_connections: int
     """Most open connections."""
 
+    tls_handshake_s: float = 0.0
+    """Longest a TLS handshake may take; 0: the door speaks plain text. Seconds."""
+
+    on_refused: Callable[[str], None] = lambda reason: None
+    """Told of connections that came to nothing: handshake, or garbage."""
+
 
 class BoundedProtocol(H11Protocol):
     """uvicorn's connection with the bounds above."""
@@ -61,6 +68,12 @@ class BoundedProtocol(H11Protocol):
         self._idle_since = self.loop.time()
         self._closing_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        if bounds.tls_handshake_s:
+            # Nobody tells of a handshake that failed: the connection is just never made.
+            self._timer = self.loop.call_later(bounds.tls_handshake_s, self._no_handshake)
+
+    def _no_handshake(self) -> None:
+        self._bounds.on_refused("handshake")
 
     @property
     def idle(self) -> bool:
@@ -69,6 +82,8 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._timer is not None:
+            self._timer.cancel()
         self._idle_since = self.loop.time()
         self._look_later()
         if len(self.connections) > self._bounds.max_connections:
@@ -107,6 +122,7 @@ class BoundedProtocol(H11Protocol):
             msg = f"the request's head exceeds {self._bounds.max_header_bytes} bytes"
         else:
             status = HTTPStatus.BAD_REQUEST
+            self._bounds.on_refused("garbage")
         answer = plain_error(status, msg)
         headers = [*answer.raw_headers, (b"connection", b"close")]
         for event in (

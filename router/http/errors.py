@@ -31,6 +31,8 @@ def error_object(error: BatonError) -> dict[str, Any]:
     code = error.code.value.lower()
     if error.code is ErrorCode.NOT_FOUND and error.param == "model":
         code = "model_not_found"  # clients tell it from a wrong path by this
+    elif error.code is ErrorCode.UNAUTHENTICATED:
+        code = "invalid_api_key"
     return _object(error.message, shown.type, error.param, code)
 
 
@@ -49,6 +51,8 @@ def error_response(error: BatonError) -> Response:
     headers = {}
     if error.retry_after_s > 0:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.code is ErrorCode.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response(
         error_object(error), status=HTTP_ERRORS[error.code].status, headers=headers
     )

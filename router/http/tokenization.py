@@ -6,12 +6,14 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from router.callers import CallerLimitError
 from router.core import Router
 from router.http.body import read_json
 from router.http.chat import encode_messages
 from router.http.chat_request import TemplateFields
 from router.http.errors import json_response
 from router.http.fields import Strict, flag, read_fields
+from router.http.key_gate import caller_of
 from router.http.messages import MESSAGE_TAGS
 from router.request import check_token_ids
 from router.token_bytes import token_name
@@ -82,6 +84,11 @@ async def detokenize(router: Router, request: Request) -> Response:
 
 
 async def _read(router: Router, request: Request) -> dict[str, Any]:
+    try:
+        caller_of(request).count_call()
+    except CallerLimitError as error:
+        router.metrics.refusals.limit(error.limit)
+        raise
     config = router.config
     return await read_json(
         request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.client_tls import ClientTls
+from baton.client_access import ClientAccess
 from baton.config import settings_of
 from baton.remote import GenerateConfig
 from router.config import RouterConfig
@@ -60,7 +60,7 @@ def test_every_value_is_explained() -> None:
 
 def test_the_chart_speaks_of_settings_that_exist() -> None:
     known = {setting.variable for setting in settings_of(RouterConfig, WorkerConfig).values()} | {
-        setting.variable for setting in settings_of(GenerateConfig, ClientTls).values()
+        setting.variable for setting in settings_of(GenerateConfig, ClientAccess).values()
     }
     templates = [path.read_text() for path in (CHART / "templates").rglob("*") if path.is_file()]
     named = {word for text in templates for word in re.findall(r"\bBATON_[A-Z_]+\b", text)}

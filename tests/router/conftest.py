@@ -20,6 +20,7 @@ from tests.router.fakes import DECODE, PREFILL, UNIFIED, Bus, FakeWorker, Script
 FAST = RouterConfig(
     http_port=0,
     grpc_port=0,
+    workers_port=0,
     ping_interval_s=0.1,
     silence_timeout_s=0.5,
     replay_wait_s=0.3,
@@ -89,7 +90,7 @@ class Cluster:
         worker = FakeWorker(
             role,
             bus=self.bus,
-            router=self.address,
+            router=f"127.0.0.1:{self.ports.workers}",
             script=script,
             **{"path": str(self._model_dir), **kwargs},
         )
