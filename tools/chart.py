@@ -31,11 +31,15 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "baton.json"
 
 ROUTER_DECIDED = frozenset(
     "http_host http_port grpc_host grpc_port workers_host workers_port tls_cert tls_key "
-    "tls_client_ca tokenizer served_model_name drain_timeout_s registry redis_url redis_prefix "
+    "tls_client_ca tls_ca tls_server_name api_keys_file tokenizer served_model_name "
+    "drain_timeout_s registry redis_url redis_prefix "
     "kubernetes_namespace kubernetes_selector kubernetes_role_label kubernetes_port_annotation "
     "kubernetes_kubeconfig".split()
 )
-WORKER_DECIDED = frozenset("model served_model_name host port router device".split())
+WORKER_DECIDED = frozenset(
+    "model served_model_name host port router device "
+    "tls_cert tls_key tls_ca tls_server_name".split()
+)
 """Settings that other values of the chart stand for."""
 
 CHOICES = {
