@@ -4,11 +4,12 @@ import contextlib
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ START_LIMIT_S = 90.0
 IDLE_LIMIT_S = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class HttpAccess:
+    """What a test shows at the HTTP door, and whom it trusts there."""
+
+    verify: ssl.SSLContext | bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Cluster:
     """Addresses and processes of one running `baton up`."""
@@ -27,9 +36,16 @@ class Cluster:
     http: str
     grpc: str
     log: Path
+    access: HttpAccess = field(default_factory=HttpAccess)
+
+    def get(self, path: str, *, timeout_s: float = 10.0) -> httpx.Response:
+        access = self.access
+        return httpx.get(
+            self.http + path, timeout=timeout_s, verify=access.verify, headers=access.headers
+        )
 
     def workers(self) -> list[dict[str, Any]]:
-        response = httpx.get(f"{self.http}/workers", timeout=10.0)
+        response = self.get("/workers")
         response.raise_for_status()
         listed: list[dict[str, Any]] = response.json()
         return listed
@@ -56,7 +72,7 @@ class Cluster:
 
     def wait_until_ready(self, *, limit_s: float = 60.0) -> None:
         deadline = time.monotonic() + limit_s
-        while httpx.get(f"{self.http}/health", timeout=5.0).status_code != 200:
+        while self.get("/health", timeout_s=5.0).status_code != 200:
             assert time.monotonic() < deadline, "no usable pair of workers came back"
             time.sleep(0.1)
 
@@ -66,7 +82,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(model: Path, directory: Path, *flags: str) -> Iterator[Cluster]:
+def running_cluster(
+    model: Path, directory: Path, *flags: str, access: HttpAccess | None = None
+) -> Iterator[Cluster]:
     """Starts `baton up`, yields it when ready, stops it with SIGTERM and checks what is left."""
     log = directory / "up.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -84,9 +102,10 @@ def running_cluster(model: Path, directory: Path, *flags: str) -> Iterator[Clust
         ready = _ready_line(process, log)
         cluster = Cluster(
             process,
-            http=_address(ready, r"(http://[\d.]+:\d+)"),
-            grpc=_address(ready, r"grpc://([\d.]+:\d+)"),
+            http=_address(ready, r"(https?://[\d.]+:\d+)"),
+            grpc=_address(ready, r"grpcs?://([\d.]+:\d+)"),
             log=log,
+            access=access or HttpAccess(),
         )
         yield cluster
         if process.poll() is not None:

@@ -184,11 +184,13 @@ def test_ps_shows_a_request_that_runs(tiny: Cluster, capsys: pytest.CaptureFixtu
 def test_everything_works_over_mutual_tls(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "ca")
     server = authority.sign("server", addresses=("127.0.0.1",))
-    visitor = authority.sign("visitor")
+    clients = Authority(tmp_path, "clients-ca")
+    visitor = clients.sign("visitor")
     (tmp_path / "client.pem").write_bytes(visitor.certificate.read_bytes())
     (tmp_path / "client-key.pem").write_bytes(visitor.key.read_bytes())
     flags = ("--tls-cert", str(server.certificate), "--tls-key", str(server.key))
-    flags += ("--tls-client-ca", str(authority.certificate), "--workers-port", "0")
+    flags += ("--tls-ca", str(authority.certificate), "--workers-port", "0")
+    flags += ("--tls-client-ca", str(clients.certificate))
     with (tmp_path / "up.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "baton", "up", "--model", str(MODEL), "--device", "cpu",
