@@ -29,7 +29,9 @@ from protos.version import PROTOCOL_VERSION
 from router.api_keys import ApiKey, digest_of, draw_key, write_keys
 from tests.baton.certificates import Authority, Pair
 from tests.e2e.cluster import Cluster, HttpAccess, running_cluster
+from tests.e2e.deaths import ready
 from tests.e2e.parts import free_port
+from tests.e2e.worker_status import wait_for
 
 PAGE = 16
 LENGTH = 800
@@ -268,7 +270,7 @@ def test_strangers_are_refused_and_counted_while_a_stream_stays_exact(
         assert answer.status_code == 401
         foreign = foreign_worker(secured)
         assert not foreign.accepted
-        assert "another model" in foreign.reason
+        assert "fingerprint" in foreign.reason
         ids += [token.id for chunk in stream for token in chunk.tokens]
     assert ids == undisturbed
     for door in ("grpc", "http"):
@@ -286,7 +288,7 @@ def test_strangers_are_refused_and_counted_while_a_stream_stays_exact(
 
 def test_drain_is_ordered_through_the_workers_door(secured: Secured) -> None:
     cluster = secured.cluster
-    cluster.wait_until_ready()
+    wait_for(lambda: len(ready(cluster, "decode")) == 2, "both decode workers", within_s=90.0)
     worker = cluster.worker("decode")
     door = ["--router", f"127.0.0.1:{secured.workers_port}"]
     assert main(["drain", worker["id"], *door, *secured.part_flags()]) == 0
