@@ -171,8 +171,8 @@ class WorkerConfig(TlsSettings):
     """Host memory for the KV of requests that a decode or unified worker had to send back to its
     queue, as a share of the KV pool: they go on without computing it again, where copying is
     faster. 0: none, all of it is computed again. Never more than an eighth of the host memory that
-    is free at the start; on a GPU it is locked then. A prefill worker sends none back and takes no
-    memory for it."""
+    is free at the start; on a GPU it is locked then. Prefill workers, which send none back, and
+    workers of several ranks take no memory for it."""
 
     verify_kv: bool = True
     """Compare every page's digest on both sides of the handover."""

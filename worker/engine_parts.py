@@ -228,12 +228,11 @@ def _check_parallel(config: WorkerConfig, traffic: KvTraffic) -> None:
             f"tensor_parallel_size is {config.tensor_parallel_size}, but only a unified worker "
             "splits its model: prefill and decode workers hand over whole heads so far"
         )
-    for name in ("host_cache_tokens", "retract_host_tokens"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"{name} keeps pages of one device in host memory; with tensor_parallel_size "
-                f"{config.tensor_parallel_size} set it to 0"
-            )
+    if config.host_cache_tokens:
+        raise ConfigError(
+            "host_cache_tokens keeps pages of one device in host memory; with "
+            f"tensor_parallel_size {config.tensor_parallel_size} set it to 0"
+        )
 
 
 def _devices(config: WorkerConfig, first: torch.device) -> str:

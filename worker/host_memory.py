@@ -41,13 +41,15 @@ def host_cache_copier(
 def retract_copier(
     config: WorkerConfig, pool: PageMajorKVPool, layout: PageLayout
 ) -> PageCopier | None:
-    """For retracted requests; None where none is asked for, or the host has no room for a page.
-    Raises ConfigError."""
+    """For retracted requests; None where none is asked for, the host has no room for a page, or
+    several ranks hold a part of each page: they compute it again. Raises ConfigError."""
     if not 0 <= config.retract_host_share <= MAX_RETRACT_SHARE:
         raise ConfigError(
             f"retract_host_share must be from 0 to {MAX_RETRACT_SHARE}, not "
             f"{config.retract_host_share}"
         )
+    if config.tensor_parallel_size > 1:
+        return None
     wanted = int(pool.num_pages * config.retract_host_share)
     pages = min(wanted, free_host_memory_bytes() // OF_FREE_MEMORY // layout.page_bytes)
     if pages < wanted:

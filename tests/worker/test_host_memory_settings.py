@@ -48,6 +48,8 @@ def test_by_default_prefixes_have_none_and_retracted_requests_a_small_share(
     assert retract is not None
     assert retract.num_pages == 4
     assert retract_copier(replace(config, retract_host_share=0.0), pool, LAYOUT) is None
+    parted = replace(config, tensor_parallel_size=2)
+    assert retract_copier(parted, pool, LAYOUT) is None, "its pages are of one rank"
 
 
 def test_a_host_without_room_gives_what_it_has(
