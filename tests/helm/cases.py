@@ -105,6 +105,9 @@ EXAMPLES: dict[str, Values] = {
 
 CASES: dict[str, Values] = OPTIONS | {f"example {name}": v for name, v in EXAMPLES.items()}
 
+NEEDS: dict[str, str] = {"model as an image": "1.31", "example rdma": "1.31"}
+"""Cases that the chart refuses on clusters before a version, which it then names."""
+
 REFUSED: dict[str, tuple[Values, str]] = {
     "a typo": ({"prefil": {}}, "prefil"),
     "a typo below": ({"router": {"replica": 3}}, "replica"),

@@ -192,6 +192,9 @@ capabilities: {drop: [ALL]}
 {{- if not (or .Values.prefill.enabled .Values.unified.enabled .Values.together.enabled) -}}
 {{- fail "no workers: enable prefill and decode, unified, or together" -}}
 {{- end -}}
+{{- if and (eq .Values.model.source "imageVolume") (semverCompare "<1.31-0" .Capabilities.KubeVersion.Version) -}}
+{{- fail "model.source imageVolume needs Kubernetes 1.31 or later: use pvc or hub" -}}
+{{- end -}}
 {{- if and .Values.tls.enabled (not .Values.tls.secretName) (not .Values.tls.certManager.enabled) -}}
 {{- fail "tls.enabled needs tls.secretName or tls.certManager.enabled" -}}
 {{- end -}}

@@ -24,16 +24,17 @@
     - {name: {{ ternary "grpc" (printf "grpc-%s" $role) (eq $port 50061) }}, containerPort: {{ $port }}}
   # It opens its port once the model is loaded. None of the probes asks for a peer.
   startupProbe:
-    grpc: {port: {{ $port }}}
+    {{- include "baton.probe" (list $root $port "") | nindent 4 }}
     periodSeconds: 5
+    timeoutSeconds: 5
     failureThreshold: {{ div (add $worker.startupSeconds 4) 5 }}
   livenessProbe:
-    grpc: {port: {{ $port }}}
+    {{- include "baton.probe" (list $root $port "") | nindent 4 }}
     periodSeconds: 10
     timeoutSeconds: 5
     failureThreshold: 6
   readinessProbe:
-    grpc: {port: {{ $port }}, service: baton.v1.Worker}
+    {{- include "baton.probe" (list $root $port "baton.v1.Worker") | nindent 4 }}
     periodSeconds: 3
     timeoutSeconds: 3
     failureThreshold: 3
@@ -83,7 +84,9 @@ priorityClassName: {{ . }}
 runtimeClassName: {{ . }}
 {{- end }}
 securityContext: {{- include "baton.podSecurity" $root | nindent 2 }}
-terminationGracePeriodSeconds: {{ $worker.terminationGracePeriodSeconds }}
+# preStop's sleep, the drain, and the time to end.
+{{- $drain := add 3 (ceil (default 60 $worker.settings.drain_timeout_s)) 10 }}
+terminationGracePeriodSeconds: {{ max $drain $worker.terminationGracePeriodSeconds }}
 volumes:
   {{- include "baton.scratch" $root | nindent 2 }}
   - name: shm
