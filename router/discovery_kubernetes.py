@@ -253,5 +253,13 @@ def _is_gone(error: BaseException) -> bool:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, ApiException):
-        return f"the cluster's API refuses: {error.status} {error.reason}"
+        return f"the cluster's API refuses: {error.status} {error.reason}{_words(error)}"
     return f"the cluster's API cannot be reached: {' '.join(str(error).split())}"
+
+
+def _words(error: ApiException) -> str:
+    """What the API server says beside the status: which right is missing, and whose."""
+    try:
+        return f": {json.loads(error.body)['message']}"
+    except (TypeError, ValueError, KeyError):
+        return ""

@@ -354,6 +354,7 @@ async def test_a_refusal_is_told_and_tried_again(
     registry = make(source(api, tmp_path), workers)
     await registry.start()
     await until(lambda: "refuses: 403" in registry.health().problem, timeout_s=10)
+    assert registry.health().problem.endswith(": Forbidden by the script")  # the server's words
     assert not registry.health().up
     api.refuse = 0
     await until(lambda: registry.health().up, timeout_s=10)
