@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.debian import apart, install, mirror, run
+
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
 PLUGINS = ("docker-compose", "docker-buildx")
-KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 START_LIMIT_S = 60.0
 SLIMMED = ("doc", "groff", "info", "lintian", "locale", "man")
 """Folders of /usr/share that slim images leave out."""
@@ -93,7 +94,7 @@ def _daemon(directory: Path) -> Iterator[Engine]:
     """A daemon of our own: nothing of it lies outside `directory`, and it ends with the tests."""
     if os.geteuid() != 0:
         raise EngineError("no container engine answers here, and only root can start one")
-    _install("docker.io", "iptables", programs=("docker", "dockerd", "iptables"))
+    install({"docker": "docker.io", "dockerd": "docker.io", "iptables": "iptables"})
     directory.mkdir(parents=True, exist_ok=True)
     socket = directory / "docker.sock"
     engine = Engine({"DOCKER_HOST": f"unix://{socket}", "DOCKER_BUILDKIT": "1"})
@@ -139,26 +140,12 @@ def _mtu() -> int:
     return min(found, default=1500)
 
 
-def _install(*packages: str, programs: tuple[str, ...]) -> None:
-    if all(shutil.which(program) for program in programs):
-        return
-    if shutil.which("apt-get") is None:
-        raise EngineError(f"{' and '.join(packages)} are needed, and there is no apt-get")
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    _run("apt-get", "update", "-qq", environment=quiet)
-    _run(
-        *("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages),
-        environment=quiet,
-    )
-
-
 def _with_plugins(engine: Engine, directory: Path) -> Engine:
     """The engine with compose v2 and buildx: the machine's own, or Debian 13's."""
     if all(engine.docker(name[7:], "version", check=False) for name in PLUGINS):
         return engine
     plugins = directory / "cli-plugins"
     if not all((plugins / name).exists() for name in PLUGINS):
-        _install("debian-archive-keyring", programs=())
         _download_plugins(directory)
     added = Engine({**engine.environment, "DOCKER_CONFIG": str(directory)})
     for name in PLUGINS:
@@ -169,40 +156,17 @@ def _with_plugins(engine: Engine, directory: Path) -> Engine:
 def _download_plugins(directory: Path) -> None:
     """Signed packages of Debian 13, unpacked and not installed."""
     apt = directory / "apt"
-    for folder in ("lists/partial", "archives/partial"):
-        (apt / folder).mkdir(parents=True, exist_ok=True)
-    sources = apt / "sources.list"
-    sources.write_text(f"deb [signed-by={KEYRING}] {_mirror()} trixie main\n")
-    options = [
-        *("-o", f"Dir::Etc::sourcelist={sources}", "-o", "Dir::Etc::sourceparts=/dev/null"),
-        *("-o", f"Dir::State::lists={apt / 'lists'}", "-o", f"Dir::Cache={apt}"),
-        *("-o", "APT::Sandbox::User=root"),
-    ]
-    _run("apt-get", *options, "update", "-qq")
-    _run("apt-get", *options, "download", "-qq", *PLUGINS, directory=apt)
+    options = apart(apt, "deb {} trixie main")
+    run("apt-get", *options, "update", "-qq")
+    run("apt-get", *options, "download", "-qq", *PLUGINS, directory=apt)
     plugins = directory / "cli-plugins"
     plugins.mkdir(parents=True, exist_ok=True)
     for name in PLUGINS:
         (package,) = apt.glob(f"{name}_*.deb")
-        _run("dpkg-deb", "-x", str(package), str(apt / name))
+        run("dpkg-deb", "-x", str(package), str(apt / name))
         (program,) = (apt / name).glob(f"usr/*/docker/cli-plugins/{name}")
         shutil.copy2(program, plugins / name)
     shutil.rmtree(apt / "lists")
-
-
-def _mirror() -> str:
-    """Where this machine has its own Debian packages from, which serves other releases, too; on
-    another distribution DEBIAN_MIRROR must say. Raises EngineError."""
-    named = os.environ.get("DEBIAN_MIRROR")
-    if named:
-        return named
-    if "ID=debian" not in Path("/etc/os-release").read_text().splitlines():
-        raise EngineError("this is no Debian: set DEBIAN_MIRROR to a mirror of its archive")
-    listed = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
-    mirrors = [uri for uri in listed.split() if not uri.rstrip("/").endswith("security")]
-    if not mirrors:
-        raise EngineError("apt knows no archive here: set DEBIAN_MIRROR to a mirror of Debian's")
-    return mirrors[0].rstrip("/")
 
 
 def _python_image(engine: Engine, directory: Path) -> None:
@@ -212,18 +176,18 @@ def _python_image(engine: Engine, directory: Path) -> None:
     with contextlib.suppress(EngineError, subprocess.TimeoutExpired):
         engine.docker("pull", "--quiet", PYTHON_IMAGE, limit_s=300.0)
         return
-    _install("debootstrap", programs=("debootstrap",))
+    install({"debootstrap": "debootstrap"})
     if directory.exists():
         shutil.rmtree(directory)
     packages = "python3,python3-venv,ca-certificates"
     command = ("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm")
-    _run(*command, str(directory), _mirror())
+    run(*command, str(directory), mirror())
     shared = [f"usr/share/{name}" for name in SLIMMED]
     for name in (*shared, "var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(directory / name, ignore_errors=True)
         (directory / name).mkdir()
     archive = directory.with_suffix(".tar")
-    _run("tar", "-C", str(directory), "-cf", str(archive), ".")
+    run("tar", "-C", str(directory), "-cf", str(archive), ".")
     engine.docker("import", str(archive), PYTHON_IMAGE, limit_s=300.0)
     archive.unlink()
     shutil.rmtree(directory)
@@ -249,24 +213,3 @@ def stand_in(engine: Engine, name: str, *packages: str) -> None:
         timeout=600,
         check=True,
     )
-
-
-def _run(
-    *command: str,
-    directory: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    limit_s: float = 600.0,
-) -> str:
-    done = subprocess.run(
-        command,
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=limit_s,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise EngineError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
