@@ -7,10 +7,10 @@ EXAMPLES ?= 100000
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-compose test-helm chart docs lock lint format protos train-tiny clean
+.PHONY: help setup demo test test-long test-gpu test-compose test-helm test-k8s chart docs lock lint format protos train-tiny clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with Baton, its dependencies and the test tools
 	@$(PYTHON) tools/setup.py --venv $(VENV)
@@ -33,6 +33,9 @@ test-compose: setup ## Build the images and break their containers (root starts 
 
 test-helm: setup ## Render the chart with Helm 3 and 4, lint and validate it
 	@$(BIN)/python -m pytest -m helm tests/helm $(PYTEST_ARGS)
+
+test-k8s: setup ## Install the chart in a real Kubernetes control plane, pods played by the tests (root)
+	@$(BIN)/python -m pytest -m kubernetes tests/kubernetes $(PYTEST_ARGS)
 
 lint: setup ## Check style, types and layers alone
 	@$(BIN)/ruff check .

@@ -1,0 +1,126 @@
+"""The chart through Helm against a real API server: every option, and one release's whole life."""
+
+import contextlib
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.helm.cases import CASES, NEEDS
+from tests.helm.helms import NAMESPACE, Helm3, HelmError, Manifest
+from tests.kubernetes.api import Object, wait_for
+from tests.kubernetes.conftest import Cluster
+from tests.kubernetes.releases import REVISION, ROLES, SMALL, Release, installed, merged
+from tests.kubernetes.streams import TOKENS, Streams
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
+
+VERSION = "1.20.2"
+ADD_ONS = {"Certificate", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+"""Kinds that other projects bring; without them, no API server knows these."""
+
+
+@pytest.fixture(scope="module")
+def namespace(cluster: Cluster) -> str:
+    cluster.api.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
+    return NAMESPACE
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - NEEDS.keys()))
+def test_the_api_server_takes_every_option_as_it_is(
+    cluster: Cluster, namespace: str, case: str
+) -> None:
+    for manifest in Helm3(cluster.helm, VERSION).render(CASES[case]):
+        if manifest["kind"] in ADD_ONS:
+            continue
+        kept = cluster.api.create(_path(cluster, namespace, manifest), manifest, dryRun="All")
+        lost = dropped(manifest, kept)
+        assert not lost, f"{manifest['kind']} {manifest['metadata']['name']} lost {lost}"
+
+
+@pytest.mark.parametrize("case", NEEDS)
+def test_an_option_that_the_cluster_is_too_old_for_is_refused(cluster: Cluster, case: str) -> None:
+    with pytest.raises(HelmError, match=NEEDS[case]):
+        Helm3(cluster.helm, VERSION).render(CASES[case])
+
+
+def dropped(sent: Any, kept: Any, path: str = "") -> list[str]:
+    """What was said and is not there any more: an API server drops what it does not know."""
+    if isinstance(sent, dict):
+        lost = []
+        for key, value in sent.items():
+            here = f"{path}.{key}"
+            if not isinstance(kept, dict) or key not in kept:
+                # Nothing said is nothing lost.
+                lost += [here] if value not in ({}, [], "", None, False, 0) else []
+            else:
+                lost += dropped(value, kept[key], here)
+        return lost
+    if isinstance(sent, list):
+        if not isinstance(kept, list) or len(kept) < len(sent):
+            return [path]
+        return [d for n, s in enumerate(sent) for d in dropped(s, kept[n], f"{path}[{n}]")]
+    return []
+
+
+def _path(cluster: Cluster, namespace: str, manifest: Manifest) -> str:
+    version = manifest["apiVersion"]
+    base = f"/api/{version}" if "/" not in version else f"/apis/{version}"
+    served: list[Object] = cluster.api.get(base)["resources"]
+    (name,) = {
+        resource["name"]
+        for resource in served
+        if resource["kind"] == manifest["kind"] and "/" not in resource["name"]
+    }
+    return f"{base}/namespaces/{namespace}/{name}"
+
+
+def _check_revisions(release: Release) -> None:
+    """Routers list workers of their own revision alone: no KV passes between generations."""
+    revision = {
+        run.address: run.item["metadata"]["labels"][REVISION]
+        for role in ROLES
+        for run in release.pods(role)
+    }
+    for router in release.pods("router"):
+        # One that is only starting, or already ending, says nothing.
+        with contextlib.suppress(httpx.TransportError):
+            found = {address.split(":")[0] for address in release.states(router)}
+            seen = {revision[address] for address in found & revision.keys()}
+            assert seen <= {revision[router.address]}, f"{router.name} lists {found}"
+
+
+def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Cluster) -> None:
+    with installed(cluster, "life", {}, workers=2) as release:
+        old = {run.name for role in ("router", "prefill", "decode") for run in release.pods(role)}
+        expected = release.answer(TOKENS)
+        with pytest.raises(HelmError, match="replica"):
+            release.upgrade({"router": {"replica": 3}})
+
+        streams = Streams(release)
+        changed = {"prefill": {"settings": {"page_size": 32}},
+                   "decode": {"settings": {"page_size": 32}}}  # fmt: skip
+        release.upgrade(merged(SMALL, changed))
+        # The old generation finishes what it has; what comes meanwhile is served by either.
+        while streams.running:
+            _check_revisions(release)
+            assert expected.startswith(release.answer(8))
+        streams.check(expected)
+
+        def replaced() -> bool:
+            _check_revisions(release)
+            assert expected.startswith(release.answer(8))
+            names = {e.name for e in cluster.kubelet.ended}
+            return old <= names
+
+        wait_for(replaced, "the old generation is gone", limit_s=240.0)
+        release.wait_until_serving(workers=2)
+        assert release.answer(TOKENS) == expected
+        release.wait_until_balanced()
+        assert "Succeeded" in release.helm("test", "--timeout", "3m")
+        release.helm("uninstall")
+        wait_for(lambda: not release.objects(), "nothing of it is left", limit_s=120.0)
+        went = {e.name: e for e in cluster.kubelet.ended if e.name.startswith("life-")}
+        servers = {name: e for name, e in went.items() if not name.endswith("-test")}
+        assert len(servers) >= 6
+        assert not [e for e in servers.values() if e.killed or any(e.exits.values())]
