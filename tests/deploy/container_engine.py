@@ -110,6 +110,8 @@ def _daemon(directory: Path) -> Iterator[Engine]:
     with (directory / "dockerd.log").open("w") as log:
         process = subprocess.Popen(
             [
+                # Should this process be killed, the daemon ends its containers and itself.
+                *("setpriv", "--pdeathsig", "TERM"),
                 *("dockerd", "--host", f"unix://{socket}", "--mtu", str(_mtu())),
                 *("--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
                 *("--pidfile", str(pid_file)),
