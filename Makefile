@@ -7,7 +7,7 @@ EXAMPLES ?= 100000
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-compose test-helm test-k8s chart docs lock lint format protos train-tiny clean
+.PHONY: help setup demo test test-long test-gpu test-soak test-compose test-helm test-k8s chart docs lock lint format protos train-tiny clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-long: setup ## Run the scheduler's state machine on 100,000 random examples
 
 test-gpu: setup ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-soak: setup ## Send 10,000 short requests, a fifth of them aborted (SOAK_REQUESTS=...)
+	@$(BIN)/python -m pytest -s -m soak tests/e2e/test_soak.py $(PYTEST_ARGS)
 
 test-compose: setup ## Build the images and break their containers (root starts an engine if need be)
 	@$(BIN)/python -m pytest -m containers tests/deploy $(PYTEST_ARGS)

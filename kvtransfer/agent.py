@@ -55,6 +55,8 @@ class TransferStats:
     """Landing windows that took the place of one which silent writers kept."""
     held_source_pages: int
     peers: int
+    handles: int
+    """What the transports have open at their libraries."""
 
 
 class TransferAgent:
@@ -115,6 +117,7 @@ class TransferAgent:
             clock=clock,
             lease_s=lease_s,
         )
+        self._transports = dict(transports)
         self._offers = {name: transport.local_offer() for name, transport in transports.items()}
         memory = pool if pool is not None or window is None else window.memory
         self.thread = TransferThread(
@@ -323,6 +326,7 @@ class TransferAgent:
             window_replacements=self._windows.replacements if self._windows is not None else 0,
             held_source_pages=len({p for pages in list(self._held.values()) for p in pages}),
             peers=len(self.thread.links.peers()),
+            handles=sum(transport.handles() for transport in self._transports.values()),
         )
 
     def _emit(self, event: KvEvent) -> None:

@@ -38,6 +38,7 @@ import numpy.typing as npt
 import torch
 
 from kvtransfer.errors import TransportError, TransportUnavailableError
+from kvtransfer.nixl_memory import claim, part_of, region, rows, within
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
@@ -132,7 +133,7 @@ class _Peer:
         """The window that holds all of these slots, and their places there."""
         for first, window in self.windows.items():
             places = slots - first
-            if _within(places, len(window.rows)):
+            if within(places, len(window.rows)):
                 return window, places.astype(np.int32)
         return None
 
@@ -180,7 +181,7 @@ class NixlTransport(Transport):
             self._no_memory = bindings.nixlRegDList(bindings.DRAM_SEG)
             self._source = None
             if pool is not None:
-                self._source_region = _region(pool)
+                self._source_region = region(pool)
                 self._source = self._prepare("NIXL_INIT_AGENT", *self._source_region)
         except self._setup_errors as error:
             raise TransportUnavailableError(f"transport nixl does not start: {error}") from error
@@ -203,7 +204,7 @@ class NixlTransport(Transport):
     def local_offer(self) -> bytes:
         header: dict[str, object] = {"agent": self._agent_name}
         if self.landing is not None:
-            header["window"] = _claim(self.landing)
+            header["window"] = claim(self.landing)
             descriptors = self._registered[-1]
         else:
             # an empty list: connection data only, so that nobody can reach the pool
@@ -252,7 +253,7 @@ class NixlTransport(Transport):
             raise TransportError(f"NIXL does not register a landing window: {error}") from error
         self._registered.append(registered)
         self._opened.append(memory)
-        header = {"agent": self._agent_name, "window": _claim(memory)}
+        header = {"agent": self._agent_name, "window": claim(memory)}
         return json.dumps(header).encode() + b"\0" + metadata
 
     def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
@@ -294,7 +295,7 @@ class NixlTransport(Transport):
         places = (count * size - page_bytes) // size + 1
         if places < 1:
             raise ValueError(f"a page takes {page_bytes} bytes, its window {count * size}")
-        return memory, _rows(address, size, device, places, length=page_bytes)
+        return memory, rows(address, size, device, places, length=page_bytes)
 
     def disconnect(self, peer: str) -> None:
         entry = self._peers.get(peer)
@@ -328,7 +329,7 @@ class NixlTransport(Transport):
             raise TransportError(f"NIXL has no landing window of peer {peer}")
         pages = np.array([page for page, _ in copies], dtype=np.int32)
         slots = np.array([slot for _, slot in copies], dtype=np.int64)
-        if self._pool is None or not _within(pages, len(self._pool)):
+        if self._pool is None or not within(pages, len(self._pool)):
             raise TransportError(f"source pages outside the pool: {pages.tolist()}")
         found = entry.window_of(slots)
         if found is None:
@@ -372,7 +373,7 @@ class NixlTransport(Transport):
         hundreds of thousands."""
         memory, rows = self._source_region
         local, remote = (
-            self._agent.get_xfer_descs(_part_of(blocks, part), kind)
+            self._agent.get_xfer_descs(part_of(blocks, part), kind)
             for kind, blocks in ((memory, rows[pages]), (window.memory, window.rows[places]))
         )
         return self._agent.initialize_xfer("WRITE", local, remote, agent, message, backends=["UCX"])
@@ -442,6 +443,10 @@ class NixlTransport(Transport):
     def busy(self) -> bool:
         return bool(self._in_flight)
 
+    def handles(self) -> int:
+        windows = sum(len(peer.windows) for peer in list(self._peers.values()))
+        return len(self._in_flight) + windows + len(_kept_alive)
+
     def close(self) -> None:
         self._read_notifications()
         if self._in_flight:
@@ -457,43 +462,3 @@ class NixlTransport(Transport):
                 self._agent.deregister_memory(registered)
         except self._errors as error:
             logger.debug("closing NIXL: %s", error)
-
-
-def _region(memory: torch.Tensor) -> tuple[str, npt.NDArray[np.uint64]]:
-    """(NIXL's memory type, one descriptor a page) of [count, page_bytes] uint8."""
-    if memory.dim() != 2 or not memory.is_contiguous() or memory.dtype != torch.uint8:
-        raise ValueError("NIXL needs contiguous [count, page_bytes] uint8 memory")
-    device = memory.device.index or 0
-    kind = "VRAM" if memory.device.type == "cuda" else "DRAM"
-    return kind, _rows(memory.data_ptr(), memory.shape[1], device, memory.shape[0])
-
-
-def _claim(memory: torch.Tensor) -> list[object]:
-    """A landing window as its offer names it."""
-    kind, rows = _region(memory)
-    address, size, device = (int(x) for x in rows[0])
-    return [kind, address, size, device, len(rows)]
-
-
-def _rows(
-    address: int, size: int, device: int, count: int, *, length: int = 0
-) -> npt.NDArray[np.uint64]:
-    """A descriptor at each multiple of `size`, of `length` bytes (0: of `size`)."""
-    rows = np.empty((count, 3), dtype=np.uint64)
-    rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(size)
-    rows[:, 1] = length or size
-    rows[:, 2] = device
-    return rows
-
-
-def _part_of(rows: npt.NDArray[np.uint64], part: tuple[int, int]) -> npt.NDArray[np.uint64]:
-    """The bytes `first .. end - 1` of each row's block."""
-    first, end = part
-    parts = rows.copy()
-    parts[:, 0] += np.uint64(first)
-    parts[:, 1] = end - first
-    return parts
-
-
-def _within(indices: npt.NDArray[np.integer[Any]], count: int) -> bool:
-    return bool(indices.size) and int(indices.min()) >= 0 and int(indices.max()) < count

@@ -184,6 +184,10 @@ class Transport(ABC):
     def busy(self) -> bool:
         """Whether writes are under way."""
 
+    def handles(self) -> int:
+        """What it has open at its library: as many at rest as after its peers were connected."""
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Called once, at the end. Memory under unfinished writes must outlive the process's

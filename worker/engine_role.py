@@ -330,6 +330,7 @@ class EngineRole(SchedulerRole):
             slots_quarantined=slots.quarantined,
             slots_total=slots.total,
             window_replacements=stats.window_replacements,
+            transfer_handles=stats.handles,
             queued_tokens=sum(req.seqlen for req in scheduler.returning_requests()),
             host_cache=_host_pages(self.parts.memory.host_cache),
             retracted=_host_pages(self.parts.memory.retracted_host),

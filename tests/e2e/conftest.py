@@ -7,9 +7,14 @@ import pytest
 
 from tests.checkpoints import write_checkpoint, write_config
 from tests.e2e.cluster import Cluster, running_cluster
+from tests.left_out import leave_out
 
 SLOW_CONTEXT = 4096
 """Longest prompt + output of `slow_llama`. Tokens."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(config, items, marker="soak", reason="takes up to an hour: make test-soak")
 
 
 @pytest.fixture(scope="session")

@@ -67,9 +67,16 @@ def info(instance: str, fingerprint: str = "f") -> kv_pb2.ConnectInfo:
 class Server:
     """decode's front on a real socket."""
 
-    def __init__(self, front: Front, *, window: SlotMemory | None, fingerprint: str = "f") -> None:
+    def __init__(
+        self,
+        front: Front,
+        *,
+        window: SlotMemory | None,
+        fingerprint: str = "f",
+        timing: SessionTiming = TIMING,
+    ) -> None:
         self.servicer = KvServicer(
-            info=lambda: info("d", fingerprint), handler=front, window=window, timing=TIMING
+            info=lambda: info("d", fingerprint), handler=front, window=window, timing=timing
         )
         self.server = grpc.aio.server()
         kv_pb2_grpc.add_KvServicer_to_server(self.servicer, self.server)  # type: ignore[no-untyped-call]

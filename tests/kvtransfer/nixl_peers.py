@@ -5,7 +5,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,7 +23,10 @@ from kvtransfer.events import (
 )
 from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.quarantine import Quarantine
+from kvtransfer.states import TransferFailure
 from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.transport import WriteId
 from kvtransfer.window import LandingWindow
 
 LAYOUT = PageLayout(layers=4, page_size=16, kv_heads=4, head_dim=64, itemsize=4)
@@ -37,11 +40,44 @@ def checksum(pool: torch.Tensor, pages: int) -> str:
     return hashlib.sha256(pool[:pages].numpy().tobytes()).hexdigest()
 
 
+class StoppingTransport(NixlTransport):
+    """Stops its whole process (SIGSTOP) at the very moment before a write is posted, when told."""
+
+    stop_next = False
+
+    def write(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        *,
+        part: tuple[int, int] | None = None,
+    ) -> WriteId:
+        if self.stop_next:
+            self.stop_next = False
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().write(peer, copies, message, part=part)
+
+
+class NoQuarantine(Quarantine):
+    """The guard taken out: slots of a failed ticket are given to the next one at once."""
+
+    def hold(
+        self,
+        ticket: Ticket,
+        window: LandingWindow,
+        slots: set[int],
+        failure: TransferFailure,
+        detail: str,
+    ) -> None:
+        window.release(slots, ticket.ticket_id)
+
+
 def prefill_main(pipe: Connection, instance: str) -> None:
     """Sends pages 0..n of its pool for each ticket it is given."""
     torch.set_num_threads(1)
     pool = torch.randint(0, 256, (PAGES, LAYOUT.page_bytes), dtype=torch.uint8)
-    transport = NixlTransport(instance_id=instance, pool=pool, landing=None)
+    transport = StoppingTransport(instance_id=instance, pool=pool, landing=None)
     agent = TransferAgent(
         instance_id=instance, layout=LAYOUT, transports={"nixl": transport}, pool=pool, window=None
     )
@@ -61,6 +97,8 @@ def prefill_main(pipe: Connection, instance: str) -> None:
             agent.push(ticket.request_id, sealed)
             agent.complete(ticket.request_id, 42)
             pipe.send(("checksum", checksum(pool, pages)))
+        elif name == "stop_before_next_write":
+            transport.stop_next = True
         elif name == "die_after_more_bytes":
             kill_after.append(agent.stats().bytes_sent + argument)
 
@@ -75,7 +113,14 @@ def prefill_main(pipe: Connection, instance: str) -> None:
     _serve(pipe, agent, command, event, idle)
 
 
-def decode_main(pipe: Connection, instance: str) -> None:
+def careless_decode_main(pipe: Connection, instance: str) -> None:
+    """`decode_main` without a quarantine."""
+    decode_main(pipe, instance, quarantine=NoQuarantine)
+
+
+def decode_main(
+    pipe: Connection, instance: str, *, quarantine: type[Quarantine] = Quarantine
+) -> None:
     """Grants tickets, copies and verifies what lands."""
     torch.set_num_threads(1)
     pool = torch.zeros((PAGES, LAYOUT.page_bytes), dtype=torch.uint8)
@@ -88,17 +133,21 @@ def decode_main(pipe: Connection, instance: str) -> None:
         pool=None,
         window=window,
         lease_s=LEASE_S,
+        quarantine=quarantine,
     )
+    waiting: list[PagesLanded] = []
+    """Events put off; while the list is in use, see `put_off`."""
+    put_off: list[bool] = []
     kill_after: list[int] = []
     pages_of: dict[str, int] = {}
 
     def command(name: str, argument: Any) -> None:
         if name == "grant":
-            request, tokens = argument
+            request, tokens, writer = argument
             pages_of[request] = LAYOUT.pages_of(tokens)
             ticket = agent.grant(
                 request_id=request,
-                writer="p",
+                writer=writer,
                 total_pages=pages_of[request],
                 total_tokens=tokens,
                 prefix_len=0,
@@ -107,20 +156,33 @@ def decode_main(pipe: Connection, instance: str) -> None:
             pipe.send(("ticket", ticket))
         elif name == "die_after_pages":
             kill_after.append(argument)
+        elif name == "put_off_copies":
+            put_off.append(True)
+        elif name == "copy":
+            put_off.clear()
+            for landed in waiting:
+                event(landed)
+            waiting.clear()
+        elif name == "are_slots_intact":
+            pipe.send(("intact", all(seals_of_slots(e) == seals_told(e) for e in waiting)))
         elif name == "slots":
             counts = window.counts()
             pipe.send(("slots", (counts.free, counts.granted, counts.quarantined)))
 
     def event(happened: KvEvent) -> None:
-        if isinstance(happened, PagesLanded):
+        if isinstance(happened, PagesLanded) and put_off:
+            waiting.append(happened)
+            pipe.send(("landed", len(happened.pages)))
+        elif isinstance(happened, PagesLanded):
             slots = [page.slot for page in happened.pages]
             positions = [page.position for page in happened.pages]
             valid = [page.valid_tokens for page in happened.pages]
             digests = copy_and_digest(happened.window, slots, pool, positions, valid, LAYOUT)
             if kill_after and sum(p >= kill_after[0] for p in positions):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if seals_of(digests) != [page.seal for page in happened.pages]:
+            if seals_of(digests) != seals_told(happened):
                 agent.reject(happened.request_id, "digest")
+                pipe.send(("rejected", happened.request_id))
             else:
                 agent.accept(happened.request_id, positions)
         elif isinstance(happened, TransferCompleted):
@@ -128,6 +190,17 @@ def decode_main(pipe: Connection, instance: str) -> None:
             pipe.send(("completed", (happened.first_token, happened.total_bytes, checksums)))
 
     _serve(pipe, agent, command, event, lambda: None)
+
+
+def seals_told(event: PagesLanded) -> list[bytes]:
+    return [page.seal for page in event.pages]
+
+
+def seals_of_slots(event: PagesLanded) -> list[bytes]:
+    """Of what lies in the slots now."""
+    slots = [page.slot for page in event.pages]
+    valid = [page.valid_tokens for page in event.pages]
+    return seals_of(digest_pages(event.window, slots, valid, LAYOUT))
 
 
 def _serve(

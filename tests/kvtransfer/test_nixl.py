@@ -1,11 +1,7 @@
 """NIXL between real processes: bytes, and what happens when one of them is killed."""
 
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,55 +9,9 @@ import torch
 from kvtransfer.errors import TransportError
 from kvtransfer.nixl_transport import NixlTransport, unavailable_reason
 from tests.kvtransfer.nixl_peers import LAYOUT, SLOTS, decode_main, prefill_main
+from tests.kvtransfer.nixl_processes import Process, begin, join, slots_of
 
 pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
-
-
-class Process:
-    """One side, as its test sees it."""
-
-    def __init__(self, main: Callable[[Connection, str], None], instance: str) -> None:
-        self.instance = instance
-        self._pipe, there = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=main, args=(there, instance))
-        self.process.start()
-        there.close()
-        self._seen: list[tuple[str, Any]] = []
-
-    @cached_property
-    def offer(self) -> bytes:
-        """Its NIXL offer, once it is up."""
-        return bytes(self.expect("offer", 60))
-
-    def tell(self, name: str, argument: Any = None) -> None:
-        self._pipe.send((name, argument))
-
-    def expect(self, name: str, within_s: float = 20.0) -> Any:
-        """The next answer of that name."""
-        end = time.monotonic() + within_s
-        while True:
-            for index, (kind, value) in enumerate(self._seen):
-                if kind == name:
-                    del self._seen[index]
-                    return value
-            if not self._pipe.poll(max(0.0, end - time.monotonic())):
-                raise AssertionError(f"no {name} within {within_s} s; seen {self._seen}")
-            self._seen.append(self._pipe.recv())
-
-    def stop(self) -> int | None:
-        """Exit code after a regular stop."""
-        self.tell("stop")
-        self.expect("stopped")
-        self.process.join(10)
-        return self.process.exitcode
-
-    def end(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.process.close()
-        self._pipe.close()
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +25,6 @@ def processes() -> Iterator[tuple[Process, Process, Process]]:
     yield started
     for process in started:
         process.end()
-
-
-def join(prefill: Process, decode: Process) -> None:
-    decode.tell("connect", ("p", prefill.offer))
-    prefill.tell("connect", (decode.instance, decode.offer))
-    assert decode.expect("attached")
-    assert prefill.expect("attached")
-
-
-def slots_of(decode: Process) -> tuple[int, int, int]:
-    """(free, granted, quarantined)."""
-    decode.tell("slots")
-    free, granted, quarantined = decode.expect("slots")
-    return free, granted, quarantined
-
-
-def begin(prefill: Process, decode: Process, request: str, tokens: int) -> str:
-    """Grants, sends; the checksum of what prefill sends."""
-    decode.tell("grant", (request, tokens))
-    prefill.tell("ticket", decode.expect("ticket"))
-    return str(prefill.expect("checksum"))
 
 
 def test_bytes_arrive_and_the_sender_survives_the_death_of_the_receiver(

@@ -19,7 +19,9 @@ class Worker:
         self.said: list[channel_pb2.EngineToFront] = []
         agent = SimpleNamespace(
             poll_events=list,
-            stats=lambda: SimpleNamespace(slots=SlotCounts(0, 0, 0, 0), window_replacements=0),
+            stats=lambda: SimpleNamespace(
+                slots=SlotCounts(0, 0, 0, 0), window_replacements=0, handles=0
+            ),
         )
         parts: Any = SimpleNamespace(
             agent=agent,

@@ -133,7 +133,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("instance_id", "state", "pages", "running", "waiting", "slots_free", "slots_granted", "slots_quarantined", "slots_total", "rows_free", "rows_total", "queued_tokens", "transferring", "host_cache", "retracted", "early_layers_sent", "window_replacements")
+    __slots__ = ("instance_id", "state", "pages", "running", "waiting", "slots_free", "slots_granted", "slots_quarantined", "slots_total", "rows_free", "rows_total", "queued_tokens", "transferring", "host_cache", "retracted", "early_layers_sent", "window_replacements", "transfer_handles")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class WorkerStatus(_message.Message):
     RETRACTED_FIELD_NUMBER: _ClassVar[int]
     EARLY_LAYERS_SENT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_REPLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_HANDLES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     state: _inference_pb2.WorkerState
     pages: _inference_pb2.PageCounts
@@ -168,7 +169,8 @@ class WorkerStatus(_message.Message):
     retracted: HostPages
     early_layers_sent: int
     window_replacements: int
-    def __init__(self, instance_id: _Optional[str] = ..., state: _Optional[_Union[_inference_pb2.WorkerState, str]] = ..., pages: _Optional[_Union[_inference_pb2.PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_granted: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ..., rows_free: _Optional[int] = ..., rows_total: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., transferring: _Optional[int] = ..., host_cache: _Optional[_Union[HostPages, _Mapping]] = ..., retracted: _Optional[_Union[HostPages, _Mapping]] = ..., early_layers_sent: _Optional[int] = ..., window_replacements: _Optional[int] = ...) -> None: ...
+    transfer_handles: int
+    def __init__(self, instance_id: _Optional[str] = ..., state: _Optional[_Union[_inference_pb2.WorkerState, str]] = ..., pages: _Optional[_Union[_inference_pb2.PageCounts, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_granted: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ..., rows_free: _Optional[int] = ..., rows_total: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., transferring: _Optional[int] = ..., host_cache: _Optional[_Union[HostPages, _Mapping]] = ..., retracted: _Optional[_Union[HostPages, _Mapping]] = ..., early_layers_sent: _Optional[int] = ..., window_replacements: _Optional[int] = ..., transfer_handles: _Optional[int] = ...) -> None: ...
 
 class HostPages(_message.Message):
     __slots__ = ("used", "total", "written", "loaded", "spoilt")
