@@ -17,11 +17,10 @@ from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind
 from engine.types import RequestId
-from kvtransfer.digest import seals_of
 from kvtransfer.errors import NoSlotsError, TransferError
 from kvtransfer.events import KvEvent, PagesLanded, TransferFailedEvent, WriterFinished
 from kvtransfer.geometry import WriterPages
-from kvtransfer.landing import LandingTarget, land_pages
+from kvtransfer.landing import first_unsealed
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
@@ -339,23 +338,21 @@ class DecodeRole(EngineRole):
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
         """Copies slots into the request's pages; what is wrong with them, or nothing."""
-        target = LandingTarget(
-            pool=self.parts.kv_pool.as_bytes(),
-            layout=self.parts.layout,
+        # Waits for the copy, too: after this the slots go back to their writer.
+        found = self.parts.lander.land(
+            event.window,
+            event.pages,
+            landing.writer,
             pages=landing.pages,
             kept_tokens=len(landing.prefix) * self.parts.layout.page_size,
         )
-        digests = land_pages(event.window, event.pages, landing.writer, target)
-        # Waits for the copy, too: after this the slots go back to their writer.
-        seals = seals_of(digests)
         if not self.parts.config.verify_kv:
             return ""
-        for page, seal in zip(event.pages, seals, strict=True):
+        for page in event.pages:
             if page.chain_hash != landing.chain[page.position]:
                 return f"page {page.position} is of other tokens"
-            if page.seal != seal:
-                return f"page {page.position} is not what was sealed"
-        return ""
+        spoilt = first_unsealed(event.pages, found)
+        return "" if spoilt is None else f"page {spoilt.position} is not what was sealed"
 
     def _join_if_whole(self, rid: RequestId, landing: Landing) -> None:
         if landing.first_token is None or len(landing.accepted) < landing.travelling:

@@ -17,14 +17,16 @@ from kvtransfer.errors import DuplicateTransferError
 from kvtransfer.events import (
     KvEvent,
     PagesLanded,
+    PeerAttached,
     SourceReleased,
     TransferCompleted,
     TransferFailedEvent,
     WriterFinished,
 )
-from kvtransfer.geometry import KvGeometry, WriterPages, writer_pages
+from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.pool_sealer import Sealer
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -78,12 +80,15 @@ class TransferAgent:
         more_windows: MakeMemory | None = None,
         policy: QuarantinePolicy | None = None,
         quarantine: type[Quarantine] = Quarantine,
+        place: RankPlace | None = None,
+        sealer: Sealer | None = None,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
         `window`: where incoming ones land (None: only sends), `more_windows` what may replace it.
         `wake` is called from the transfer thread when events wait, so that an idle scheduler looks
-        at them. `quarantine` is a seam: tests show what happens without one."""
-        self._layout = layout
+        at them. `quarantine` is a seam: tests show what happens without one. `place` and `sealer`:
+        None where this process is the only rank."""
+        self._place = place or RankPlace(layout=layout, kv_heads=layout.kv_heads)
         self._window = window
         self._links = links = PeerLinks()
         self._wake_scheduler = wake
@@ -96,6 +101,7 @@ class TransferAgent:
             emit=self._emit,
             clock=clock,
             verify=verify,
+            sealer=sealer,
         )
         policy = policy or QuarantinePolicy()
         self._windows: LandingWindows | None = None
@@ -158,9 +164,13 @@ class TransferAgent:
         peer cuts KV; None: as this worker does."""
         pages = None
         if self._window is not None:
-            theirs = geometry or KvGeometry(page_size=self._layout.page_size)
-            slot_bytes = int(self._window.memory.shape[1])
-            pages = writer_pages(self._layout, theirs, slot_bytes=slot_bytes)
+            place = self._place
+            theirs = geometry or KvGeometry(page_size=place.layout.page_size, tp_size=place.tp_size)
+            try:
+                pages = place.writer_pages(theirs, slot_bytes=int(self._window.memory.shape[1]))
+            except ValueError as error:
+                self._emit(PeerAttached(peer=peer, ok=False, reason=str(error)))
+                return
         self.thread.do(lambda: self.thread.attach(peer, transport, offer, pages))
 
     def peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:

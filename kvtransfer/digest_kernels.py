@@ -52,15 +52,21 @@ def land_and_digest_kernel(  # type: ignore[no-untyped-def]
     table_width,
     rows,
     slot_words,
+    offset_words,
     row_words,
     token_words,
     own_row_words,
     own_page_size,
+    own_token_words,
+    first_word,
+    end_word,
+    own_first_word,
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """One row of one page a program, into pages of another size. A line of `table` is: slot, valid
     tokens, position of the first one, how many of them stay unwritten, then the pool's pages from
-    that position's on."""
+    that position's on. Of each token, words `first_word .. end_word - 1` are ours, from
+    `own_first_word` on."""
     item = tl.program_id(0)
     row = tl.program_id(1)
     line = table + item * table_width
@@ -68,7 +74,7 @@ def land_and_digest_kernel(  # type: ignore[no-untyped-def]
     first_token = tl.load(line + 2)
     unwritten = tl.load(line + 3)
     first_page = first_token // own_page_size
-    read = window + tl.load(line) * slot_words + row * row_words
+    read = window + tl.load(line) * slot_words + offset_words + row * row_words
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.int64)
     for first in range(0, row_words, BLOCK):
@@ -80,9 +86,10 @@ def land_and_digest_kernel(  # type: ignore[no-untyped-def]
         token = word // token_words
         position = first_token + token
         index = position // own_page_size
-        wanted = inside & (token >= unwritten)
+        place = word - token * token_words
+        wanted = inside & (token >= unwritten) & (place >= first_word) & (place < end_word)
         page = tl.load(line + 4 + index - first_page, mask=wanted, other=0)
-        place = (position - index * own_page_size) * token_words + (word - token * token_words)
+        place += (position - index * own_page_size) * own_token_words + own_first_word - first_word
         tl.store(pool + (page * rows + row) * own_row_words + place, data, mask=wanted)
     part = tl.sum(total, axis=0) * tl.load(row_weights + row)
     tl.store(parts + item.to(tl.int64) * rows + row, part)

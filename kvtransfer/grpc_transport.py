@@ -60,16 +60,18 @@ class GrpcTransport(Transport):
         further_landing: torch.Tensor | None = None,
         submit: Callable[[WriteOrder], None],
         send: Callable[[str, bytes], None],
+        fill: Callable[[Sequence[tuple[int, int]]], None] | None = None,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, any device; `outbox` and `landing`: shared memory,
         [slots, page_bytes] uint8. `further_landing`: the slots of all windows that there may be,
         where the worker's own further windows are not shared memory. `submit` and `send` pass an
         order or a (peer, message) to the front; they are called on the transfer thread and must
-        not block for long."""
+        not block for long. `fill` copies (page, outbox slot); None: whole pages of this pool."""
         self.landing = landing
         self._further_landing = further_landing
         self._pool = pool
         self._outbox = outbox
+        self._fill = fill or self._copy
         self._submit = submit
         self._send = send
         self._wake: Callable[[], None] = _nothing
@@ -167,12 +169,14 @@ class GrpcTransport(Transport):
     def _fill_outbox(self) -> None:
         while self._queue and self._free and self._pool is not None and self._outbox is not None:
             write = self._queue[0]
-            copies = []
+            copies: list[tuple[int, int]] = []
+            filled: list[tuple[int, int]] = []
             while write.waiting and self._free:
                 page, landing_slot = write.waiting.popleft()
                 slot = self._free.popleft()
-                self._outbox[slot].copy_(self._pool[page])
                 copies.append((slot, landing_slot))
+                filled.append((page, slot))
+            self._fill(filled)
             order = self._next_order
             self._next_order += 1
             write.orders += 1
@@ -187,6 +191,11 @@ class GrpcTransport(Transport):
                     message=write.message if write.copied else b"",
                 )
             )
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        if self._pool is not None and self._outbox is not None:
+            for page, slot in copies:
+                self._outbox[slot].copy_(self._pool[page])
 
     def _on_answer(self, order: int, error: str) -> None:
         entry = self._orders.pop(order, None)

@@ -16,13 +16,15 @@ import torch
 
 from kvtransfer.digest import (
     RANGES,
+    SEAL_BYTES,
     copy_and_digest,
     device_weights,
     digest_pages,
     own_stream,
+    seals_of,
     triton_installed,
 )
-from kvtransfer.geometry import WriterPages
+from kvtransfer.geometry import Piece, WriterPages
 from kvtransfer.layout import WORD_BYTES, PageLayout
 from kvtransfer.ticket import LandedPage
 
@@ -43,20 +45,53 @@ class LandingTarget:
     pages: Sequence[int]
     """The request's pages in the pool, from its first token on."""
 
+    heads: range
+    """The model's KV heads that they hold."""
+
     kept_tokens: int
     """Leading tokens whose KV is here already, in pages that others may read: they are digested
     where a larger page of the writer brings them along, and never written."""
 
 
+Seals = dict[int, list[bytes]]
+"""Writing rank -> the digest of its part of each landed page."""
+
+
 def land_pages(
     window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
-) -> torch.Tensor:
-    """Copies the valid tokens of `landed` from `window` ([slots, slot_bytes] uint8, on the pool's
-    device or on the host) into the request's pages, and digests the very bytes that it copied:
-    [len(landed), RANGES] int64 on the host, once the copy is done. On CUDA it works on a stream of
-    its own. Raises ValueError for slots, tokens or pages out of range.
+) -> Seals:
+    """Copies the valid tokens of `landed`, as far as their heads are this rank's, from `window`
+    ([slots, slot_bytes] uint8, on the pool's device or on the host) into the request's pages, and
+    digests the very bytes that it copied, once that is done. On CUDA it works on a stream of its
+    own. Raises ValueError for slots, tokens or pages out of range.
     """
-    if writer.layout == target.layout and window.shape[1] == target.layout.page_bytes:
+    mine = target.heads
+    return {
+        piece.rank: seals_of(_land_piece(window, landed, writer, piece, target))
+        for piece in writer.pieces
+        if piece.heads.start < mine.stop and mine.start < piece.heads.stop
+    }
+
+
+def first_unsealed(landed: Sequence[LandedPage], found: Seals) -> LandedPage | None:
+    """The first page that is not what was sealed; None: all of them are."""
+    for index, page in enumerate(landed):
+        for rank, seals in found.items():
+            if page.seal[SEAL_BYTES * rank :][:SEAL_BYTES] != seals[index]:
+                return page
+    return None
+
+
+def _land_piece(
+    window: torch.Tensor,
+    landed: Sequence[LandedPage],
+    writer: WriterPages,
+    piece: Piece,
+    target: LandingTarget,
+) -> torch.Tensor:
+    """[len(landed), RANGES] int64 on the host."""
+    alike = writer.layout == target.layout and piece.heads == target.heads
+    if alike and window.shape[1] == target.layout.page_bytes:
         return copy_and_digest(
             window,
             [page.slot for page in landed],
@@ -67,11 +102,11 @@ def land_pages(
         )
     _check(window, landed, writer, target)
     if target.pool.device.type == "cpu":
-        return _staged(window, landed, writer, target)
+        return _staged(window, landed, writer, piece, target)
     with own_stream(target.pool.device):
         if window.device == target.pool.device and triton_installed():
-            return _launch(window, landed, writer, target).cpu()
-        return _staged(window, landed, writer, target)
+            return _launch(window, landed, writer, piece, target).cpu()
+        return _staged(window, landed, writer, piece, target)
 
 
 def _check(
@@ -79,8 +114,8 @@ def _check(
 ) -> None:
     slots, slot_bytes = window.shape
     for page in landed:
-        if page.slot < 0 or page.slot * slot_bytes + writer.page_bytes > slots * slot_bytes:
-            raise ValueError(f"a page of {writer.page_bytes} bytes does not fit at {page.slot}")
+        if page.slot < 0 or page.slot * slot_bytes + writer.window_bytes > slots * slot_bytes:
+            raise ValueError(f"a page of {writer.window_bytes} bytes does not fit at {page.slot}")
         if not 1 <= page.valid_tokens <= writer.page_size:
             raise ValueError(f"{page.valid_tokens} valid tokens outside 1..{writer.page_size}")
         end = page.position * writer.page_size + page.valid_tokens
@@ -91,36 +126,62 @@ def _check(
 
 
 def _staged(
-    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+    window: torch.Tensor,
+    landed: Sequence[LandedPage],
+    writer: WriterPages,
+    piece: Piece,
+    target: LandingTarget,
 ) -> torch.Tensor:
-    size = writer.page_bytes
+    size = writer.layout.page_bytes
     staged = torch.empty((len(landed), size), dtype=torch.uint8, device=target.pool.device)
     memory = window.view(-1)
     for row, page in zip(staged, landed, strict=True):
-        start = page.slot * window.shape[1]
+        start = page.slot * window.shape[1] + piece.offset
         row.copy_(memory[start : start + size], non_blocking=True)
-        _scatter(row, page, writer, target)
+        _scatter(row, page, writer, piece, target)
     valid = [page.valid_tokens for page in landed]
     return digest_pages(staged, range(len(landed)), valid, writer.layout)
 
 
 def _scatter(
-    page_bytes: torch.Tensor, page: LandedPage, writer: WriterPages, target: LandingTarget
+    page_bytes: torch.Tensor,
+    page: LandedPage,
+    writer: WriterPages,
+    piece: Piece,
+    target: LandingTarget,
 ) -> None:
     theirs, mine = writer.layout, target.layout
     source = page_bytes.view(theirs.rows, theirs.page_size, theirs.token_bytes)
+    here, there = _common_bytes(piece, target)
+    source = source[:, :, here]
     first = page.position * theirs.page_size
     token, end = max(first, target.kept_tokens), first + page.valid_tokens
     while token < end:
         index, offset = divmod(token, mine.page_size)
         count = min(end - token, mine.page_size - offset)
         own = target.pool[target.pages[index]].view(mine.rows, mine.page_size, mine.token_bytes)
-        own[:, offset : offset + count].copy_(source[:, token - first : token - first + count])
+        own[:, offset : offset + count, there].copy_(
+            source[:, token - first : token - first + count]
+        )
         token += count
 
 
+def _common_bytes(piece: Piece, target: LandingTarget) -> tuple[slice, slice]:
+    """The heads that both hold, in a token of the piece and in one of ours."""
+    mine, size = target.heads, target.layout.head_dim * target.layout.itemsize
+    first, stop = max(piece.heads.start, mine.start), min(piece.heads.stop, mine.stop)
+    return (
+        slice((first - piece.heads.start) * size, (stop - piece.heads.start) * size),
+        slice((first - mine.start) * size, (stop - mine.start) * size),
+    )
+
+
 def _launch(
-    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+    window: torch.Tensor,
+    landed: Sequence[LandedPage],
+    writer: WriterPages,
+    piece: Piece,
+    target: LandingTarget,
 ) -> torch.Tensor:
     """One kernel over all rows of all pages; each byte is read once."""
     theirs, mine, device = writer.layout, target.layout, target.pool.device
@@ -134,6 +195,7 @@ def _launch(
         + [0] * (reach - len(pages))
         for page, first, pages in zip(landed, firsts, lists, strict=True)
     ]
+    here, there = _common_bytes(piece, target)
     parts = torch.empty((len(landed), theirs.rows), dtype=torch.int64, device=device)
     kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
     kernels.land_and_digest_kernel[(len(landed), theirs.rows)](
@@ -146,10 +208,15 @@ def _launch(
         4 + reach,
         theirs.rows,
         window.shape[1] // WORD_BYTES,
+        piece.offset // WORD_BYTES,
         theirs.row_bytes // WORD_BYTES,
         theirs.token_bytes // WORD_BYTES,
         mine.row_bytes // WORD_BYTES,
         mine.page_size,
+        mine.token_bytes // WORD_BYTES,
+        here.start // WORD_BYTES,
+        here.stop // WORD_BYTES,
+        there.start // WORD_BYTES,
         BLOCK=_KERNEL_WORDS,
         num_warps=8,
     )

@@ -198,6 +198,11 @@ class NixlTransport(Transport):
     def _prepare(self, agent: str, memory: str, region: npt.NDArray[np.uint64]) -> Any:
         return self._agent.prep_xfer_dlist(agent, region, memory, backends=["UCX"])
 
+    @property
+    def sends(self) -> bool:
+        """Whether it has pages to write."""
+        return self._pool is not None
+
     def bind(self, wake: Callable[[], None]) -> None:
         """Nothing wakes: NIXL makes progress, and events, only while it is polled."""
 
@@ -214,21 +219,22 @@ class NixlTransport(Transport):
         )
         return json.dumps(header).encode() + b"\0" + metadata
 
-    def connect(self, peer: str, offer: bytes) -> None:
+    def connect(self, peer: str, offer: bytes, *, offset: int = 0) -> None:
+        """`offset`: pages from here begin so many bytes into their slots, behind other ranks'."""
         header, _, metadata = offer.partition(b"\0")
         agent = ""
         try:
             claims = json.loads(header)
             claimed = str(claims["agent"])
             window = claims.get("window")
-            region = None if window is None else self._window_region(window)
+            found = None if window is None else self._window_region(window, offset)
             if self._revive(peer, claimed):
                 return
             loaded = self._agent.add_remote_agent(metadata)
             agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
             if agent != claimed or agent in self._names:
                 raise ValueError(f"it claims to be {claimed}, its metadata says {agent}")
-            windows = {} if region is None else {0: self._window(agent, *region)}
+            windows = {} if found is None else {0: self._window(agent, *found)}
             self._agent.make_connection(agent)
         except self._setup_errors as error:
             if agent and agent not in self._names:
@@ -265,12 +271,12 @@ class NixlTransport(Transport):
         header, _, metadata = offer.partition(b"\0")
         try:
             claims = json.loads(header)
-            region = self._window_region(claims["window"])
+            found = self._window_region(claims["window"])
             loaded = self._agent.add_remote_agent(metadata)
             agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
             if agent != entry.agent:
                 raise ValueError(f"it is of {agent}, not of {entry.agent}")
-            entry.windows[first_slot] = self._window(agent, *region)
+            entry.windows[first_slot] = self._window(agent, *found)
         except self._setup_errors as error:
             raise TransportError(f"NIXL cannot reach a window of peer {peer}: {error}") from error
 
@@ -285,17 +291,19 @@ class NixlTransport(Transport):
         entry.closing = False
         return True
 
-    def _window_region(self, window: list[Any]) -> tuple[str, npt.NDArray[np.uint64]]:
+    def _window_region(
+        self, window: list[Any], offset: int = 0
+    ) -> tuple[str, npt.NDArray[np.uint64]]:
         memory, address, size, device, count = window
         if memory not in ("DRAM", "VRAM") or not 1 <= count <= MAX_WINDOW_SLOTS:
             raise ValueError(f"a window of {count} slots in {memory}")
         address, size, device, count = int(address), int(size), int(device), int(count)
         page_bytes = size if self._pool is None else int(self._pool.shape[1])
         # A page that is larger than a slot reaches into the slots behind it.
-        places = (count * size - page_bytes) // size + 1
+        places = (count * size - offset - page_bytes) // size + 1
         if places < 1:
             raise ValueError(f"a page takes {page_bytes} bytes, its window {count * size}")
-        return memory, rows(address, size, device, places, length=page_bytes)
+        return memory, rows(address + offset, size, device, places, length=page_bytes)
 
     def disconnect(self, peer: str) -> None:
         entry = self._peers.get(peer)

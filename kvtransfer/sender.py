@@ -13,12 +13,12 @@ from itertools import islice
 import torch
 
 from kvtransfer import messages
-from kvtransfer.digest import digest_pages, seals_of
 from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import CreditNews, Early, Outgoing, TicketKey, Tombstones, beat_s
+from kvtransfer.pool_sealer import PoolSealer, Sealer
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import SealCheck, WriteId
@@ -43,9 +43,10 @@ class Sender:
         emit: Callable[[KvEvent], None],
         clock: Clock,
         verify: bool = True,
+        sealer: Sealer | None = None,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of every page; None where the worker only
-        receives."""
+        receives. `sealer`: None where this pool is all of it."""
         self._instance_id = instance_id
         self._write_pages = max(1, min(MAX_WRITE_PAGES, WRITE_BYTES // layout.page_bytes))
         self._layout = layout
@@ -54,6 +55,9 @@ class Sender:
         self._emit = emit
         self._clock = clock
         self._verify = verify
+        if sealer is None and pool is not None:
+            sealer = PoolSealer(pool, layout)
+        self._sealer = sealer
         self._by_request: dict[str, Outgoing] = {}
         self._by_key: dict[TicketKey, Outgoing] = {}
         self._writes: dict[tuple[str, WriteId], tuple[Outgoing, int]] = {}
@@ -361,10 +365,10 @@ class Sender:
     def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""
         transport = self._links.get(out.ticket.instance_id)
-        if not self._verify or self._pool is None or (transport and transport.checks_seals):
+        if not self._verify or self._sealer is None or (transport and transport.checks_seals):
             return True  # in the last case the transport sees to it
         valid = [page.valid_tokens for page in pages]
-        seals = seals_of(digest_pages(self._pool, [p.page for p in pages], valid, self._layout))
+        seals = self._sealer.seals([page.page for page in pages], valid)
         for page, seal in zip(pages, seals, strict=True):
             if seal != page.seal:
                 detail = f"source page at position {page.position} changed after it was sealed"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.memory.page_allocator import PageAllocator
-from kvtransfer.digest import digest_pages, seals_of
 from kvtransfer.ticket import SourcePage
 from worker.engine_parts import EngineParts
 
@@ -31,13 +30,13 @@ class SealStore:
 
     def __init__(self, parts: EngineParts) -> None:
         self._allocator: PageAllocator = parts.memory.allocator
-        self._pool = parts.kv_pool.as_bytes()
+        self._sealer = parts.sealer
         self._layout = parts.layout
         self._seals: dict[int, _Seal] = {}
 
     def seal(self, pages: Sequence[int], chain: Sequence[bytes], valid: Sequence[int]) -> None:
         """Seals pages whose KV was computed just now; waits for the device once."""
-        digests = seals_of(digest_pages(self._pool, pages, valid, self._layout))
+        digests = self._sealer.seals(pages, valid)
         for page, link, count, digest in zip(pages, chain, valid, digests, strict=True):
             self._seals[page] = _Seal(self._allocator.generation(page), link, digest, count)
 

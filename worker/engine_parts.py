@@ -19,21 +19,18 @@ from engine.scheduler.role import SchedulerRole
 from engine.scheduler.scheduler import Scheduler
 from kvtransfer.agent import TransferAgent
 from kvtransfer.layout import PageLayout, compatibility_fingerprint
+from kvtransfer.pool_sealer import Sealer
 from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
 from worker.fingerprint import model_digest
 from worker.host_memory import host_cache_copier, retract_copier
 from worker.kv_traffic import KvTraffic
-from worker.rank_model import MAX_WINDOW_SLOTS, load_rank_model, rank_device
+from worker.rank_kv import RankKv, RankLander, RankSealer
+from worker.rank_memory import make_rank_transports, rank_place
+from worker.rank_model import load_rank_model, rank_device, window_slots
 from worker.ranks import Ranks
-from worker.transports import TransferMemory, Transports, make_transports
-
-OUTBOX_SLOTS = 16
-"""Pages between source pool and gRPC stream: enough to keep the stream busy."""
-
-MIN_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 8
-"""The window is this fraction of the pool; larger prompts stream through it."""
+from worker.transports import OUTBOX_SLOTS, TransferMemory, Transports, make_transports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +54,16 @@ class EngineParts:
     kv_pool: PageMajorKVPool
     memory: MemoryPools
     layout: PageLayout
+    """Of this rank's pages."""
+    kv_heads: int
+    """Of the whole model."""
     fingerprint: str
     transports: Transports
     agent: TransferAgent
     grammars: GrammarCompiler
     device: torch.device
+    sealer: Sealer
+    lander: RankLander
     ranks: Ranks
     """The other processes of a tensor-parallel engine."""
 
@@ -119,7 +121,9 @@ class EngineParts:
                 for name, offer in self.agent.local_offers().items()
             ],
             engine_pid=os.getpid(),
-            slot_bytes=self.layout.page_bytes,
+            rank_pids=self.ranks.pids[1:],
+            # Shared memory takes whole pages, all ranks' parts together.
+            slot_bytes=replace(self.layout, kv_heads=self.kv_heads).page_bytes,
             slots=self.transports.shared_slots,
             outbox_slots=self.transports.outbox_slots,
         )
@@ -141,11 +145,16 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
     Raises EngineError or TransferError, worded for the operator.
     """
     receives, sends = traffic is KvTraffic.RECEIVES, traffic is KvTraffic.SENDS
-    _check_parallel(config, traffic)
+    _check_parallel(config)
     device = rank_device(config, 0)
     directory = Path(config.model)
     ranks = Ranks()
-    ranks.start(config, traffic=traffic.name)
+    ranks.start(
+        config,
+        traffic=traffic,
+        instance_id=process.instance_id,
+        fds=(process.window_fd, process.outbox_fd),
+    )
     _progress(process, f"loading {directory.name} on {_devices(config, device)}")
     group = ranks.join(device)
     model = load_rank_model(config, group=group, device=device, traffic=traffic)
@@ -161,25 +170,39 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         eviction_policy=config.radix_eviction_policy,
         host_copier=host_cache_copier(config, pool, layout),
         host_write_policy=config.host_write_policy,
-        retract_copier=None if sends else retract_copier(config, pool, layout),
+        # Of one rank's pages alone, a retracted request could not go on.
+        retract_copier=None if sends or group.size > 1 else retract_copier(config, pool, layout),
     )
     source = pool.as_bytes() if sends else None
     opening = "" if traffic is KvTraffic.NONE else "; opening transports"
     _progress(process, f"{pool.num_pages} KV pages of {config.page_size} tokens{opening}")
-    transports = make_transports(
-        config.transport,
-        instance_id=process.instance_id,
-        memory=TransferMemory(
-            layout=layout,
-            device=device,
-            source=source,
-            window_slots=_window_slots(config, pool.num_pages) if receives else 0,
-            outbox_slots=OUTBOX_SLOTS if sends else 0,
-            window_fd=process.window_fd,
-            outbox_fd=process.outbox_fd,
-        ),
-        channel=process.channel,
+    transfer_memory = TransferMemory(
+        layout=layout,
+        kv_heads=model.checkpoint.num_kv_heads,
+        device=device,
+        source=source,
+        window_slots=window_slots(config, pool.num_pages) if receives else 0,
+        outbox_slots=OUTBOX_SLOTS if sends else 0,
+        window_fd=process.window_fd,
+        outbox_fd=process.outbox_fd,
     )
+    if group.size == 1:
+        transports = make_transports(
+            config.transport,
+            instance_id=process.instance_id,
+            memory=transfer_memory,
+            channel=process.channel,
+        )
+    else:
+        transports = make_rank_transports(
+            config,
+            instance_id=process.instance_id,
+            memory=transfer_memory,
+            channel=process.channel,
+            links=ranks.transfer_links,
+        )
+    place = rank_place(config, layout, transfer_memory.kv_heads, rank=0)
+    kv = RankKv(pool.as_bytes(), place)
     return EngineParts(
         config=config,
         process=process,
@@ -188,10 +211,11 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         kv_pool=pool,
         memory=memory,
         layout=layout,
+        kv_heads=transfer_memory.kv_heads,
         fingerprint=compatibility_fingerprint(
             model_digest(directory, load_format=config.load_format),
             str(model.dtype),
-            replace(layout, kv_heads=model.checkpoint.num_kv_heads),
+            replace(layout, kv_heads=transfer_memory.kv_heads),
         ),
         transports=transports,
         agent=TransferAgent(
@@ -204,7 +228,11 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             verify=config.verify_kv,
             lease_s=config.lease_s,
             wake=process.channel.wake,
+            place=place,
+            sealer=RankSealer(kv, ranks.transfer_links) if sends else None,
         ),
+        sealer=RankSealer(kv, ranks.links),
+        lander=RankLander(kv, ranks.links),
         grammars=GrammarCompiler(
             LlguidanceBackend(
                 directory / "tokenizer.json",
@@ -219,15 +247,10 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
     )
 
 
-def _check_parallel(config: WorkerConfig, traffic: KvTraffic) -> None:
+def _check_parallel(config: WorkerConfig) -> None:
     """Raises ConfigError for what several ranks do not do."""
     if config.tensor_parallel_size == 1:
         return
-    if traffic is not KvTraffic.NONE:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, but only a unified worker "
-            "splits its model: prefill and decode workers hand over whole heads so far"
-        )
     if config.host_cache_tokens:
         raise ConfigError(
             "host_cache_tokens keeps pages of one device in host memory; with "
@@ -241,11 +264,6 @@ def _devices(config: WorkerConfig, first: torch.device) -> str:
     if size == 1:
         return str(first)
     return ", ".join(f"{rank_device(config, rank)} (rank {rank} of {size})" for rank in range(size))
-
-
-def _window_slots(config: WorkerConfig, num_pages: int) -> int:
-    share = num_pages // POOL_TO_WINDOW
-    return config.landing_slots or max(MIN_WINDOW_SLOTS, min(MAX_WINDOW_SLOTS, share))
 
 
 def _progress(process: EngineProcess, line: str) -> None:

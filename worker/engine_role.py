@@ -343,7 +343,9 @@ class EngineRole(SchedulerRole):
 
 def _geometry(info: kv_pb2.ConnectInfo) -> KvGeometry | None:
     """How the peer cuts KV; None where it does not say: as this worker."""
-    return KvGeometry(page_size=info.page_size) if info.page_size else None
+    if not info.page_size:
+        return None
+    return KvGeometry(page_size=info.page_size, tp_size=info.tp_size or 1)
 
 
 def _host_pages(host: HostPool | None) -> worker_pb2.HostPages | None:

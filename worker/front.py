@@ -212,7 +212,7 @@ class WorkerFront:
             address=self.address,
             model=self.ready.model,
             pid=os.getpid(),
-            engine_pids=[self.ready.engine_pid],
+            engine_pids=[self.ready.engine_pid, *self.ready.rank_pids],
             transports=[offer.name for offer in self.ready.transports],
             fingerprint=self.ready.fingerprint,
             epoch=self._epoch,
@@ -228,6 +228,8 @@ class WorkerFront:
             pid=self.ready.engine_pid,
             pid_namespace=pid_namespace(),
             page_size=self.ready.model.page_size,
+            tp_size=self.config.tensor_parallel_size,
+            more_pids=self.ready.rank_pids,
         )
 
     # ---- router -> engine -----------------------------------------------------------------------

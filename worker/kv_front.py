@@ -6,8 +6,10 @@ nothing.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer.host import pid_namespace
@@ -26,27 +28,40 @@ class FrontLink(Protocol):
 
 
 class DeathWatch:
-    """Tells when a process of this host has exited."""
+    """Tells when the processes of a peer on this host have exited: of several ranks, all of them,
+    since each writes for itself."""
 
     def __init__(self) -> None:
-        self._pidfds: dict[str, int] = {}
+        self._pidfds: dict[str, set[int]] = {}
 
-    def watch(self, peer: str, pid: int, link: FrontLink) -> None:
-        """Begins to watch; no effect where the system has no pidfds or the process is gone."""
+    def watch(self, peer: str, pids: Sequence[int], link: FrontLink) -> None:
+        """Begins to watch; no effect where the system has no pidfds."""
         self.forget(peer)
         if not hasattr(os, "pidfd_open"):
             return
+        alive = self._pidfds[peer] = set()
         try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._on_exit(peer, link)
-            return
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    alive.add(os.pidfd_open(pid))
         except OSError:
+            for pidfd in alive:
+                os.close(pidfd)
+            del self._pidfds[peer]
             return
-        self._pidfds[peer] = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self._on_exit, peer, link)
+        for pidfd in alive:
+            asyncio.get_running_loop().add_reader(pidfd, self._on_exit, peer, pidfd, link)
+        if not alive:
+            self._report(peer, link)
 
-    def _on_exit(self, peer: str, link: FrontLink) -> None:
+    def _on_exit(self, peer: str, pidfd: int, link: FrontLink) -> None:
+        self._close(pidfd)
+        alive = self._pidfds.get(peer, set())
+        alive.discard(pidfd)
+        if not alive:
+            self._report(peer, link)
+
+    def _report(self, peer: str, link: FrontLink) -> None:
         self.forget(peer)
         gone = channel_pb2.PeerGone(
             instance_id=peer, reason=f"the engine of {peer} has exited", proven_dead=True
@@ -58,10 +73,13 @@ class DeathWatch:
         )
 
     def forget(self, peer: str) -> None:
-        pidfd = self._pidfds.pop(peer, None)
-        if pidfd is not None:
-            asyncio.get_running_loop().remove_reader(pidfd)
-            os.close(pidfd)
+        for pidfd in self._pidfds.pop(peer, set()):
+            self._close(pidfd)
+
+    @staticmethod
+    def _close(pidfd: int) -> None:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
 
     def close(self) -> None:
         for peer in list(self._pidfds):
@@ -84,7 +102,7 @@ class KvFront:
         peer = info.instance_id
         self._transports[peer] = transport
         if info.pid_namespace and info.pid_namespace == pid_namespace():
-            self._deaths.watch(peer, info.pid, self._link)
+            self._deaths.watch(peer, [info.pid, *info.more_pids], self._link)
         offers = {offer.name: offer.metadata for offer in info.transports}
         connected = channel_pb2.PeerConnected(
             info=info, transport=transport, offer=offers.get(transport, b"")

@@ -8,6 +8,7 @@ import queue
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, auto
 
@@ -23,6 +24,23 @@ class Kind(IntEnum):
     """Leader: a StepCommand."""
     STOP = auto()
     """Leader: the last frame."""
+    SEAL = auto()
+    """Leader: the seals of some pages of the rank's; answered."""
+    LAND = auto()
+    """Leader: copy landed pages out of the window; answered with what they digest to."""
+    OFFER = auto()
+    """Leader: how the rank's landing window is written; answered."""
+    FILL = auto()
+    """Leader: copy pages into the outbox; answered."""
+    CONNECT = auto()
+    """Leader: reach a peer's windows; answered."""
+    DISCONNECT = auto()
+    WRITE = auto()
+    """Leader: write pages to a peer's windows; ENDED follows."""
+    ANSWER = auto()
+    """To the frame before; one at a time."""
+    ENDED = auto()
+    """A write is over."""
 
 
 class RankLink:
@@ -34,6 +52,8 @@ class RankLink:
         self._on_closed = on_closed
         self._lock = threading.Lock()
         self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._ended: deque[bytes] = deque()
         threading.Thread(target=self._read, name="rank-link", daemon=True).start()
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
@@ -45,12 +65,28 @@ class RankLink:
             except OSError:
                 return
 
-    def receive(self) -> tuple[Kind, bytes]:
-        """The next frame; waits for it."""
-        return self._frames.get()
+    def receive(self, timeout_s: float | None = None) -> tuple[Kind, bytes]:
+        """The next frame; waits for it. Raises queue.Empty when the time is over."""
+        return self._frames.get(timeout=timeout_s)
+
+    def answer(self) -> bytes:
+        """The answer to the frame that was sent before; waits for it."""
+        return self._answers.get()
+
+    def take_ended(self) -> list[bytes]:
+        """ENDED frames that have come; never waits."""
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def close(self) -> None:
         self._socket.close()
+
+    def _sort(self, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.ANSWER:
+            self._answers.put(payload)
+        elif kind is Kind.ENDED:
+            self._ended.append(payload)
+        else:
+            self._frames.put((kind, payload))
 
     def _read(self) -> None:
         stream = self._socket.makefile("rb")
@@ -60,7 +96,7 @@ class RankLink:
                 payload = stream.read(size)
                 if len(payload) < size:
                     break
-                self._frames.put((Kind(kind), payload))
+                self._sort(Kind(kind), payload)
         except OSError:
             pass
         self._on_closed()

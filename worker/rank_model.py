@@ -19,6 +19,16 @@ MAX_WINDOW_SLOTS = 512
 """Slots of a landing window whose size the operator has left open, at most."""
 
 
+MIN_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 8
+"""The window is this fraction of the pool; larger prompts stream through it."""
+
+
+def window_slots(config: WorkerConfig, num_pages: int) -> int:
+    """Slots of the landing window, the same on all ranks."""
+    share = num_pages // POOL_TO_WINDOW
+    return config.landing_slots or max(MIN_WINDOW_SLOTS, min(MAX_WINDOW_SLOTS, share))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankModel:
     """A model, or one rank's part of it, with its KV pool."""

@@ -18,21 +18,26 @@ from engine.parallel.runners import FollowingRunner
 from worker.config import WorkerConfig
 from worker.kv_traffic import KvTraffic
 from worker.rank_link import Kind, RankLink
+from worker.rank_memory import following_memory
 from worker.rank_model import load_rank_model, rank_device
 
 EXIT_LEADER_GONE = 3
+EXIT_TRANSFERS_STOPPED = 5
 
 
 def main(arguments: list[str]) -> int:
     """The process's main function; returns its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    link = RankLink(
-        socket.socket(fileno=int(arguments[0])), on_closed=lambda: os._exit(EXIT_LEADER_GONE)
+    main_fd, transfers_fd, window_fd, outbox_fd = map(int, arguments)
+    link, transfer_link = (
+        RankLink(socket.socket(fileno=fd), on_closed=lambda: os._exit(EXIT_LEADER_GONE))
+        for fd in (main_fd, transfers_fd)
     )
     start = json.loads(link.receive()[1])
     config = WorkerConfig(**start["config"])
     rank, size = int(start["rank"]), config.tensor_parallel_size
+    traffic = KvTraffic[start["traffic"]]
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
@@ -40,14 +45,21 @@ def main(arguments: list[str]) -> int:
     try:
         device = rank_device(config, rank)
         group = join_group(rank, size, device=device, meeting_point=start["meeting_point"])
-        model = load_rank_model(
-            config, group=group, device=device, traffic=KvTraffic[start["traffic"]]
-        )
+        model = load_rank_model(config, group=group, device=device, traffic=traffic)
     except EngineError as error:
         print(f"error: rank {rank} of {size}: {error}", file=sys.stderr, flush=True)
         return 1
     logging.getLogger(__name__).info("rank %d of %d computes on %s", rank, size, device)
     follower = FollowingRunner(model.runner, group)
+    memory = following_memory(
+        config,
+        model,
+        rank=rank,
+        traffic=traffic,
+        instance_id=start["instance_id"],
+        fds=(window_fd, outbox_fd),
+    )
+    memory.transfers(transfer_link).start(on_error=lambda: os._exit(EXIT_TRANSFERS_STOPPED))
     while True:
         kind, payload = link.receive()
         if kind is Kind.STOP:
@@ -55,6 +67,10 @@ def main(arguments: list[str]) -> int:
             return 0
         if kind is Kind.STEP:
             follower.follow(StepCommand.from_bytes(payload))
+        elif kind is Kind.SEAL:
+            link.send(Kind.ANSWER, memory.kv.answer_seal(payload))
+        elif kind is Kind.LAND and memory.window is not None:
+            link.send(Kind.ANSWER, memory.kv.answer_land(payload, memory.window))
 
 
 if __name__ == "__main__":

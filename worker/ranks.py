@@ -21,6 +21,7 @@ import torch
 
 from engine.parallel.group import ALONE, TensorGroup, join_group
 from worker.config import WorkerConfig
+from worker.kv_traffic import KvTraffic
 from worker.rank_link import Kind, RankLink
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ class Ranks:
     """Empty for an engine of one rank."""
 
     def __init__(self) -> None:
-        self._links: list[RankLink] = []
+        self.links: list[RankLink] = []
+        """To the others' main threads; used by the scheduler's."""
+        self.transfer_links: list[RankLink] = []
+        """To the others' transfer threads; used by the one here."""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._directory = ""
         self._stopping = False
@@ -46,30 +50,36 @@ class Ranks:
         """Process ids of all ranks, this one's first."""
         return [os.getpid(), *(process.pid for process in self._processes)]
 
-    def start(self, config: WorkerConfig, *, traffic: str) -> None:
+    def start(
+        self, config: WorkerConfig, *, traffic: KvTraffic, instance_id: str, fds: tuple[int, int]
+    ) -> None:
         """Spawns the others; they load their parts of the model while this one loads its own.
-        `traffic`: which way KV travels, as rank 0's engine was told."""
+        `traffic` and `fds` (the landing window's file and the outbox's): as this rank got them."""
         size = config.tensor_parallel_size
         if size == 1:
             return
         self._directory = tempfile.mkdtemp(prefix="baton-ranks-")
         for rank in range(1, size):
-            mine, theirs = socket.socketpair()
+            pairs = [socket.socketpair() for _ in range(2)]
+            inherited = (*(theirs.fileno() for _, theirs in pairs), *fds)
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker.rank_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-m", "worker.rank_process", *map(str, inherited)],
+                pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
             )
-            theirs.close()
-            link = RankLink(mine, on_closed=lambda: None)
+            for _, theirs in pairs:
+                theirs.close()
+            link, transfers = (RankLink(mine, on_closed=lambda: None) for mine, _ in pairs)
             start = {
                 "rank": rank,
                 "meeting_point": self._meeting_point,
-                "traffic": traffic,
+                "traffic": traffic.name,
+                "instance_id": f"{instance_id}/{rank}",
                 "config": dataclasses.asdict(config),
             }
             link.send(Kind.START, json.dumps(start).encode())
-            self._links.append(link)
+            self.links.append(link)
+            self.transfer_links.append(transfers)
             self._processes.append(process)
             threading.Thread(
                 target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True
@@ -89,13 +99,13 @@ class Ranks:
 
     def tell(self, command: bytes) -> None:
         """A step for all of them, in order."""
-        for link in self._links:
+        for link in self.links:
             link.send(Kind.STEP, command)
 
     def close(self) -> None:
         """Ends the others in order, or kills them."""
         self._stopping = True
-        for link in self._links:
+        for link in self.links:
             link.send(Kind.STOP)
         self.group.leave()
         for process in self._processes:
@@ -104,7 +114,7 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for link in self._links:
+        for link in (*self.links, *self.transfer_links):
             link.close()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)

@@ -20,6 +20,7 @@ import torch
 from kvtransfer.cuda_ipc_transport import CudaIpcTransport
 from kvtransfer.cuda_memory import allocate_window
 from kvtransfer.errors import TransportError, TransportUnavailableError
+from kvtransfer.group_transport import GroupTransport
 from kvtransfer.grpc_transport import GrpcTransport
 from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport
@@ -34,6 +35,9 @@ from worker.config import TransportName
 
 logger = logging.getLogger(__name__)
 
+OUTBOX_SLOTS = 16
+"""Pages between source pool and gRPC stream: enough to keep the stream busy."""
+
 MAX_WINDOWS = QuarantinePolicy().max_windows
 
 
@@ -42,6 +46,9 @@ class TransferMemory:
     """What the transports of one engine may touch."""
 
     layout: PageLayout
+    """Of this rank's pages."""
+    kv_heads: int
+    """Of the whole model."""
     device: torch.device
     source: torch.Tensor | None
     """[pages, page_bytes] uint8 that pages leave from; None on a worker that sends none."""
@@ -102,7 +109,11 @@ def make_transports(
         )
     offer(
         "nixl",
-        lambda: NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
+        lambda: GroupTransport(
+            NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
+            kv_heads=memory.kv_heads,
+            piece_bytes=memory.layout.page_bytes,
+        ),
     )
     offer("grpc", lambda: _grpc(memory, channel))
     has_grpc = "grpc" in offered
@@ -120,13 +131,11 @@ def make_transports(
 def _grpc(memory: TransferMemory, channel: EngineChannel) -> GrpcTransport:
     return GrpcTransport(
         pool=memory.source,
-        outbox=_shared(memory.outbox_fd, memory.outbox_slots, memory.layout),
+        outbox=shared_slots(memory.outbox_fd, memory.outbox_slots, memory.layout),
         landing=_shared_window(memory, 0),
         further_landing=_every_shared_window(memory),
-        submit=lambda order: channel.send(_order(order)),
-        send=lambda peer, data: channel.send(
-            channel_pb2.EngineToFront(kv=channel_pb2.KvOut(peer=peer, message=data))
-        ),
+        submit=lambda order: submit_order(channel, order),
+        send=lambda peer, data: send_message(channel, peer, data),
     )
 
 
@@ -146,10 +155,11 @@ def _shared_window(memory: TransferMemory, number: int) -> torch.Tensor | None:
 
 
 def _every_shared_window(memory: TransferMemory) -> torch.Tensor | None:
-    return _shared(memory.window_fd, MAX_WINDOWS * memory.window_slots, memory.layout)
+    return shared_slots(memory.window_fd, MAX_WINDOWS * memory.window_slots, memory.layout)
 
 
-def _shared(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:
+def shared_slots(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:
+    """Shared memory of so many pages, [slots, page_bytes] uint8; None where there are none."""
     if not slots:
         return None
     size = slots * layout.page_bytes
@@ -157,9 +167,16 @@ def _shared(fd: int, slots: int, layout: PageLayout) -> torch.Tensor | None:
     return SharedMemory.attach(fd, size).tensor(slots, layout.page_bytes)
 
 
-def _order(order: WriteOrder) -> channel_pb2.EngineToFront:
+def send_message(channel: EngineChannel, peer: str, data: bytes) -> None:
+    """A message to a peer, through the front."""
+    kv = channel_pb2.KvOut(peer=peer, message=data)
+    channel.send(channel_pb2.EngineToFront(kv=kv))
+
+
+def submit_order(channel: EngineChannel, order: WriteOrder) -> None:
+    """A write of the gRPC transport, which the front does."""
     copies = [channel_pb2.SlotCopy(outbox_slot=o, landing_slot=s) for o, s in order.copies]
     write = channel_pb2.KvWrite(
         write_id=order.write_id, peer=order.peer, copies=copies, message=order.message
     )
-    return channel_pb2.EngineToFront(kv_write=write)
+    channel.send(channel_pb2.EngineToFront(kv_write=write))

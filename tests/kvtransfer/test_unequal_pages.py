@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.digest import digest_pages, seals_of
-from kvtransfer.geometry import KvGeometry, WriterPages, writer_pages
+from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.landing import LandingTarget, land_pages
 from kvtransfer.layout import PageLayout
 from kvtransfer.ticket import LandedPage
@@ -30,7 +30,7 @@ class Landing:
     target: LandingTarget
 
     def land(self) -> list[bytes]:
-        return seals_of(land_pages(self.window, self.landed, self.writer, self.target))
+        return land_pages(self.window, self.landed, self.writer, self.target)[0]
 
     def seals(self) -> list[bytes]:
         return [page.seal for page in self.landed]
@@ -40,7 +40,8 @@ def landing(theirs: int, mine: int, tokens: int, kept: int, seed: int = 0) -> La
     """`kept` tokens are here already, in whole pages."""
     generator = torch.Generator().manual_seed(seed)
     own = dataclasses.replace(MINE, page_size=mine)
-    writer = writer_pages(own, KvGeometry(page_size=theirs), slot_bytes=own.page_bytes)
+    place = RankPlace(layout=own, kv_heads=own.kv_heads)
+    writer = place.writer_pages(KvGeometry(page_size=theirs), slot_bytes=own.page_bytes)
     kv = torch.randint(
         0, 256, (own.rows, tokens, own.token_bytes), dtype=torch.uint8, generator=generator
     )
@@ -63,7 +64,7 @@ def landing(theirs: int, mine: int, tokens: int, kept: int, seed: int = 0) -> La
     pages = own.pages_of(tokens)
     pool = torch.full((2 * pages + 1, own.page_bytes), UNTOUCHED, dtype=torch.uint8)
     order = torch.randperm(len(pool), generator=generator)[:pages].tolist()
-    target = LandingTarget(pool=pool, layout=own, pages=order, kept_tokens=kept)
+    target = LandingTarget(pool=pool, layout=own, pages=order, heads=place.heads, kept_tokens=kept)
     return Landing(kv, window, landed, writer, target)
 
 
@@ -107,7 +108,8 @@ def test_a_flipped_bit_of_a_valid_token_breaks_the_seal_and_no_other_does(
 @pytest.mark.parametrize(("theirs", "mine", "slots"), [(64, 16, 4), (16, 64, 1), (48, 32, 2)])
 def test_a_page_takes_as_many_slots_as_it_needs(theirs: int, mine: int, slots: int) -> None:
     own = dataclasses.replace(MINE, page_size=mine)
-    pages = writer_pages(own, KvGeometry(page_size=theirs), slot_bytes=own.page_bytes)
+    place = RankPlace(layout=own, kv_heads=own.kv_heads)
+    pages = place.writer_pages(KvGeometry(page_size=theirs), slot_bytes=own.page_bytes)
     assert pages.slots == slots
 
 
@@ -134,10 +136,9 @@ def test_the_kernel_does_what_the_processor_does(theirs: int, mine: int) -> None
     torch.cuda.synchronize()
     window = case.window.cuda()
     torch.cuda.synchronize()
-    assert seals_of(land_pages(window, case.landed, case.writer, on_gpu)) == case.land()
+    assert land_pages(window, case.landed, case.writer, on_gpu)[0] == case.land()
     assert torch.equal(pool.cpu(), case.target.pool)
     pool.fill_(UNTOUCHED)
     torch.cuda.synchronize()
-    from_host = land_pages(case.window, case.landed, case.writer, on_gpu)
-    assert seals_of(from_host) == case.seals()
+    assert land_pages(case.window, case.landed, case.writer, on_gpu)[0] == case.seals()
     assert torch.equal(pool.cpu(), case.target.pool)

@@ -71,13 +71,14 @@ class EngineToFront(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., reserved: _Optional[_Union[_worker_pb2.Reserved, _Mapping]] = ..., step: _Optional[_Union[_worker_pb2.StepOutput, _Mapping]] = ..., work_failed: _Optional[_Union[_worker_pb2.WorkFailed, _Mapping]] = ..., kv: _Optional[_Union[KvOut, _Mapping]] = ..., kv_write: _Optional[_Union[KvWrite, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., progress: _Optional[str] = ..., drained: _Optional[bool] = ..., peer_attached: _Optional[_Union[PeerAttached, _Mapping]] = ..., request_done: _Optional[_Union[RequestDone, _Mapping]] = ..., pong: _Optional[int] = ...) -> None: ...
 
 class EngineReady(_message.Message):
-    __slots__ = ("model", "fingerprint", "transports", "engine_pid", "slot_bytes", "slots", "outbox_slots")
+    __slots__ = ("model", "fingerprint", "transports", "engine_pid", "slot_bytes", "slots", "rank_pids", "outbox_slots")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_PID_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RANK_PIDS_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     model: _worker_pb2.ModelDescription
     fingerprint: str
@@ -85,8 +86,9 @@ class EngineReady(_message.Message):
     engine_pid: int
     slot_bytes: int
     slots: int
+    rank_pids: _containers.RepeatedScalarFieldContainer[int]
     outbox_slots: int
-    def __init__(self, model: _Optional[_Union[_worker_pb2.ModelDescription, _Mapping]] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_pb2.TransportOffer, _Mapping]]] = ..., engine_pid: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., outbox_slots: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[_worker_pb2.ModelDescription, _Mapping]] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_pb2.TransportOffer, _Mapping]]] = ..., engine_pid: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., rank_pids: _Optional[_Iterable[int]] = ..., outbox_slots: _Optional[int] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("error",)

@@ -51,7 +51,7 @@ class Ticket(_message.Message):
     def __init__(self, ticket_id: _Optional[int] = ..., instance_id: _Optional[str] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., writer_instance: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., lease_s: _Optional[float] = ..., decode_prefix_len: _Optional[int] = ..., total_tokens: _Optional[int] = ..., token_hash: _Optional[bytes] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class ConnectInfo(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "fingerprint", "transports", "pid", "pid_namespace", "page_size")
+    __slots__ = ("protocol_version", "instance_id", "fingerprint", "transports", "pid", "pid_namespace", "page_size", "tp_size", "more_pids")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,8 @@ class ConnectInfo(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MORE_PIDS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     fingerprint: str
@@ -66,7 +68,9 @@ class ConnectInfo(_message.Message):
     pid: int
     pid_namespace: str
     page_size: int
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pid: _Optional[int] = ..., pid_namespace: _Optional[str] = ..., page_size: _Optional[int] = ...) -> None: ...
+    tp_size: int
+    more_pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., pid: _Optional[int] = ..., pid_namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., tp_size: _Optional[int] = ..., more_pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("name", "metadata")
