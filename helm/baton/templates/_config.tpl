@@ -48,5 +48,8 @@
 {{- $_ := set $config "port" (index . 2) -}}
 {{- $_ := set $config "router" (printf "%s-registry:%s" (include "baton.fullname" $root) (include "baton.registryPort" $root)) -}}
 {{- $_ := set $config "device" (ternary "cuda" "cpu" (gt (int $worker.gpus) 0)) -}}
+{{- if and (gt (int $worker.gpus) 1) (not (hasKey $config "tensor_parallel_size")) -}}
+{{- $_ := set $config "tensor_parallel_size" (int $worker.gpus) -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
