@@ -260,6 +260,6 @@ def _describe(error: BaseException) -> str:
 def _words(error: ApiException) -> str:
     """What the API server says beside the status: which right is missing, and whose."""
     try:
-        return f": {json.loads(error.body)['message']}"
+        return f": {json.loads(error.body or '')['message']}"
     except (TypeError, ValueError, KeyError):
         return ""
