@@ -27,6 +27,7 @@ from baton.config import (
     unknown_variables,
 )
 from baton.demo import DEMO_DEFAULTS, DemoConfig, run_demo
+from baton.doctor import DoctorConfig, run_doctor
 from baton.drain import DrainConfig, run_drain
 from baton.errors import RequestError
 from baton.health import HealthConfig, run_health
@@ -151,7 +152,7 @@ def cli() -> None:
         for setting in settings_of(
             *(UpConfig, RouterConfig, WorkerConfig, DemoConfig),
             *(GenerateConfig, ChatConfig, RouterAddress, HealthConfig, BenchConfig, ClientAccess),
-            *(DrainConfig, NewKey),
+            *(DrainConfig, DoctorConfig, NewKey),
         ).values()
     }
     for name in unknown_variables(os.environ, known):
@@ -247,6 +248,17 @@ cli.add_command(
         arguments=[click.Argument(["worker"])],
         help="Takes WORKER out of service: an id, the beginning of one, or an address. It takes "
         "no new requests, finishes or hands over what runs, and ends.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "doctor",
+        run_doctor,
+        DoctorConfig,
+        ClientAccess,
+        help="Measures the way of KV between a router's workers: transport, GB/s beside a plain "
+        "copy over the same link, handshake, and where devices sit. Warns of what is far below "
+        "its link; running requests are not disturbed.",
     )
 )
 cli.add_command(

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.messages import Report, ServerInfo, Usage, Worker
+from protos.baton.v1 import worker_pb2
 from router.api_keys import LIMITS, ApiKey
 
 TTFT_PARTS = ("admission", "reserve", "queue", "prefill", "network")
@@ -80,6 +81,30 @@ def workers_table(info: ServerInfo) -> Table:
             *([why(worker)] if unwell else []),
         )
     table.caption = info.registry.problem or None
+    return table
+
+
+def doctor_table(reports: Sequence[worker_pb2.ProbeReport]) -> Table:
+    """The way of KV between each two workers, as it was measured."""
+    table = Table(title="KV links")
+    for heading in ("from", "to", "transport", "devices"):
+        table.add_column(heading)
+    for heading in ("probe", "GB/s", "plain copy", "network", "connect ms", "round trip ms"):
+        table.add_column(heading, justify="right")
+    for report in reports:
+        devices = f"{report.prefill_device} → {report.decode_device}"
+        rates = (report.copy_gigabytes_per_s, report.network_gigabytes_per_s)
+        table.add_row(
+            report.prefill_instance,
+            report.decode_instance,
+            report.transport or "none",
+            devices if report.decode_device else report.prefill_device,
+            f"{report.bytes / 2**20:.1f} MiB",
+            f"{report.gigabytes_per_s:.2f}",
+            *(f"{rate:.2f}" if rate else "" for rate in rates),
+            f"{report.connect_ms:.1f}",
+            f"{report.round_trip_ms:.2f}",
+        )
     return table
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtransfer.cuda_memory import device_name
 from kvtransfer.errors import DuplicateTransferError
 from kvtransfer.events import (
     KvEvent,
@@ -24,9 +25,11 @@ from kvtransfer.events import (
     WriterFinished,
 )
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
+from kvtransfer.host import pid_namespace
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.pool_sealer import Sealer
+from kvtransfer.probe import ProbeDone, Prober
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -126,11 +129,22 @@ class TransferAgent:
         self._transports = dict(transports)
         self._offers = {name: transport.local_offer() for name, transport in transports.items()}
         memory = pool if pool is not None or window is None else window.memory
+        self._prober = Prober(
+            layout=layout,
+            num_pages=0 if pool is None else int(pool.shape[0]),
+            device=device_name(memory.device if memory is not None else torch.device("cpu")),
+            host=pid_namespace(),
+            links=links,
+            sender=sender,
+            receiver=self._receiver,
+            clock=clock,
+        )
         self.thread = TransferThread(
             transports=transports,
             links=links,
             sender=sender,
             receiver=self._receiver,
+            prober=self._prober,
             emit=self._emit,
             clock=clock,
             device=memory.device if memory is not None else None,
@@ -177,6 +191,11 @@ class TransferAgent:
         """The session has ended, or fell silent. May be called again once death is proven (the
         process has exited): that frees what was kept for a silent peer."""
         self.thread.do(lambda: self.thread.detach(peer, reason, proven_dead=proven_dead))
+
+    def probe(self, peer: str, num_bytes: int, rounds: int, done: ProbeDone) -> None:
+        """Measures the way to a peer that this worker writes to, beside its work; `done` is called
+        once, on the transfer thread."""
+        self.thread.do(lambda: self._prober.start(peer, num_bytes, rounds, done))
 
     # ---- prefill --------------------------------------------------------------------------------
 
@@ -340,6 +359,8 @@ class TransferAgent:
         )
 
     def _emit(self, event: KvEvent) -> None:
+        if self._prober.on_event(event):
+            return
         self._events.append(event)
         if self._wake_scheduler is not None:
             self._wake_scheduler()

@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuInit": [ctypes.c_uint],
     "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
     "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
+    "cuDeviceGetPCIBusId": [ctypes.c_char_p, ctypes.c_int, ctypes.c_int],
     "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
     "cuCtxPushCurrent_v2": [ctypes.c_void_p],
     "cuCtxPopCurrent_v2": [ctypes.POINTER(ctypes.c_void_p)],
@@ -150,3 +151,16 @@ def close_window(address: int, device: torch.device) -> None:
     """Ends a mapping; no kernel may be using it. A dead peer's memory stays until then."""
     with _context(device):
         _call("cuIpcCloseMemHandle", address)
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's PCI address (`0000:1b:00.0`), as sysfs and nvidia-smi know it; `cpu` for
+    host memory."""
+    if device.type != "cuda":
+        return "cpu"
+    _call("cuInit", 0)
+    number, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    _call("cuDeviceGet", ctypes.byref(number), device.index or 0)
+    _call("cuDeviceGetPCIBusId", text, len(text), number)
+    domain, _, place = text.value.decode().lower().partition(":")
+    return f"{domain[-4:]}:{place}"

@@ -8,6 +8,12 @@ from kvtransfer.states import TransferFailure
 from kvtransfer.ticket import LandedPage
 
 
+def is_probe(request_id: str) -> bool:
+    """Whether it names a probe (kvtransfer/probe.py). A request's id here ends with `#` and the
+    number of its attempt, so that no client can choose such a name."""
+    return request_id.startswith("#probe-") and request_id.count("#") == 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesLanded:
     """Decode: bytes lie in slots. Copy and digest them, then `accept` or `reject`."""

@@ -19,6 +19,8 @@ class PeerLinks:
     def __init__(self) -> None:
         self._transports: dict[str, Transport] = {}
         self._pages: dict[str, WriterPages] = {}
+        self.connect_s: dict[str, float] = {}
+        """How long each peer's transport took to connect. Seconds."""
         self.dropped: Counter[str] = Counter()
         """Messages that were late, repeated, malformed or not allowed, by cause."""
 
@@ -32,6 +34,7 @@ class PeerLinks:
         """The transport that joined the peer, or None."""
         transport = self._transports.pop(peer, None)
         self._pages.pop(peer, None)
+        self.connect_s.pop(peer, None)
         return transport
 
     def get(self, peer: str) -> Transport | None:

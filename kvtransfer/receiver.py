@@ -81,6 +81,14 @@ class Receiver:
         return len(self._live_ids)
 
     @property
+    def free_slots(self) -> int:
+        return self._windows.current.counts().free if self._windows is not None else 0
+
+    def most_pages(self, pages: WriterPages) -> int:
+        """Of a writer's pages, as many as one ticket may have in flight."""
+        return max(1, self._max_slots // pages.slots)
+
+    @property
     def receiving(self) -> bool:
         """Whether pages of some transfer have come and others are to come; transfer thread."""
         return any(e.state is TransferState.RECEIVING for e in self._by_ticket.values())
@@ -121,7 +129,7 @@ class Receiver:
         window = self._windows.for_writer(writer)
         pages = self._links.pages_of(writer)
         first = self._first_position(pages, total_pages, total_tokens, prefix_len, chain_hashes)
-        most = max(1, self._max_slots // pages.slots)
+        most = self.most_pages(pages)
         with self._lock:
             if request_id in self._live_ids:
                 raise DuplicateTransferError(f"request {request_id} is being received already")

@@ -14,7 +14,7 @@ import torch
 
 from kvtransfer import messages
 from kvtransfer.errors import TransportError
-from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
+from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent, is_probe
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import CreditNews, Early, Outgoing, TicketKey, Tombstones, beat_s
@@ -362,10 +362,13 @@ class Sender:
         whole = (page for page in out.pending if page.position not in out.early)
         return list(islice(whole, min(len(out.credits), self._write_pages)))
 
+    def _checks(self, out: Outgoing) -> bool:
+        return self._verify and not is_probe(out.ticket.request_id)
+
     def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
         """Whether the pages still hold what was sealed; fails the transfer otherwise."""
         transport = self._links.get(out.ticket.instance_id)
-        if not self._verify or self._sealer is None or (transport and transport.checks_seals):
+        if not self._checks(out) or self._sealer is None or (transport and transport.checks_seals):
             return True  # in the last case the transport sees to it
         valid = [page.valid_tokens for page in pages]
         seals = self._sealer.seals([page.page for page in pages], valid)
@@ -392,7 +395,7 @@ class Sender:
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
         peer, data = out.ticket.instance_id, message.SerializeToString()
         try:
-            if self._verify and transport.checks_seals:
+            if self._checks(out) and transport.checks_seals:
                 write = transport.write_checked(peer, copies, data, SealCheck.of(pages), part=part)
             else:
                 write = transport.write(peer, copies, data, part=part)

@@ -7,6 +7,7 @@ would spin a whole core.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -17,6 +18,7 @@ from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
 from kvtransfer.geometry import WriterPages
 from kvtransfer.links import Clock, PeerLinks
+from kvtransfer.probe import Prober
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.states import TransferFailure
@@ -62,6 +64,7 @@ class TransferThread:
         links: PeerLinks,
         sender: Sender,
         receiver: Receiver,
+        prober: Prober,
         emit: Callable[[KvEvent], None],
         clock: Clock,
         device: torch.device | None,
@@ -70,6 +73,7 @@ class TransferThread:
         self.links = links
         self.sender = sender
         self.receiver = receiver
+        self.prober = prober
         self._transports = dict(transports)
         self._emit = emit
         self._clock = clock
@@ -144,6 +148,7 @@ class TransferThread:
             self._last_tick = self._clock()
             self.sender.tick()
             self.receiver.tick()
+            self.prober.tick()
         return worked
 
     def _dispatch(self, transport: Transport, event: TransportEvent) -> None:
@@ -178,6 +183,8 @@ class TransferThread:
             self.receiver.on_message(peer, message)
         elif kind in ("credit", "ack", "failed"):
             self.sender.on_message(peer, message)
+        elif kind in ("probe", "probe_granted"):
+            self.prober.on_message(peer, message)
         else:
             self.links.dropped["malformed"] += 1
 
@@ -206,7 +213,9 @@ class TransferThread:
         if self.links.get(peer) is not None:
             self.detach(peer, "a new session of the same instance", proven_dead=False)
         try:
+            began = time.monotonic()
             transport.connect(peer, offer)
+            self.links.connect_s[peer] = time.monotonic() - began
         except TransportError as error:
             self._emit(PeerAttached(peer=peer, ok=False, reason=error.message))
             return

@@ -204,6 +204,23 @@ class Fleet:
         self._on_change(link)
         return link.id
 
+    async def probe(
+        self, prefill: str, decode: str, request: worker_pb2.ProbeRequest
+    ) -> worker_pb2.ProbeReport:
+        """Has a prefill worker measure its way to a decode worker; both named as for `drain`.
+
+        Raises:
+            BatonError: NOT_FOUND, INVALID_ARGUMENT (ambiguous), or UNAVAILABLE (out of reach).
+        """
+        link = self._named(prefill)
+        request.decode_instance = self._named(decode).id
+        try:
+            return await link.probe(request)
+        except (grpc.RpcError, SessionLost) as error:
+            raise BatonError(
+                ErrorCode.UNAVAILABLE, f"worker {link.id} cannot measure: {error}"
+            ) from error
+
     def _named(self, name: str) -> WorkerLink:
         links = list(self._links.values())
         exact = [link for link in links if name in (link.id, link.record.registration.address)]

@@ -76,6 +76,15 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
             raise
         return worker_pb2.DrainWorkerResponse(instance_id=instance_id)
 
+    async def ProbeLink(
+        self, request: worker_pb2.ProbeLinkRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ProbeReport:
+        try:
+            return await self._fleet.probe(request.prefill, request.decode, request.probe)
+        except BatonError as error:
+            await context.abort(grpc.StatusCode[error.code.value], error.message)
+            raise
+
 
 MAX_NAME_CHARACTERS = 256
 MAX_PATH_CHARACTERS = 4096

@@ -35,6 +35,9 @@ Session = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerM
 WorkKey = tuple[str, int]
 """(request id, attempt): what an earlier attempt left behind never reaches a later one."""
 
+PROBE_TIMEOUT_S = 60.0
+"""Longest that a worker may take to measure a link."""
+
 
 class SessionLost(Exception):
     """The session cannot go on; the message says why."""
@@ -145,6 +148,13 @@ class WorkerLink:
             answer=worker_pb2.DrainResponse,
             timeout_s=self._config.silence_timeout_s,
         )
+
+    async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeReport:
+        """Has a prefill worker measure its way to a peer. Raises grpc.RpcError or SessionLost."""
+        report: worker_pb2.ProbeReport = await self._ask(
+            "Probe", request, answer=worker_pb2.ProbeReport, timeout_s=PROBE_TIMEOUT_S
+        )
+        return report
 
     async def _ask(self, method: str, request: Any, *, answer: Any, timeout_s: float) -> Any:
         """One call beside the session, over its connection."""

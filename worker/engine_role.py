@@ -23,6 +23,7 @@ from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 from worker.handover_trace import HandoverTrace
+from worker.link_probe import measure_link
 
 STATUS_INTERVAL_S = 1.0
 """How often a busy engine tells its front its load. Pages are recounted when somebody asks and when
@@ -114,6 +115,8 @@ class EngineRole(SchedulerRole):
                 connected.offer,
                 _geometry(connected.info),
             )
+        elif kind == "probe":
+            measure_link(self.parts, self.parts.channel.send, message.probe)
         elif kind == "peer_gone":
             gone = message.peer_gone
             self.agent.peer_gone(gone.instance_id, gone.reason, proven_dead=gone.proven_dead)

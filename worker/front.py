@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "baton.v1.Worker"
 STATUS_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 60.0
 LEAVE_LIMIT_S = 2.0
 """Longest a drained worker waits for a router to read its last words."""
 DEAD_GRACE_S = 0.5
@@ -85,6 +86,7 @@ class WorkerFront:
         self._owners: dict[tuple[str, int], RouterSession] = {}
         self._pings: dict[int, tuple[RouterSession, int]] = {}
         self._queries: dict[int, asyncio.Future[worker_pb2.WorkerStatus]] = {}
+        self._probes: dict[int, asyncio.Future[worker_pb2.ProbeReport]] = {}
         self._nonces = itertools.count(1)
         self._status = worker_pb2.WorkerStatus(
             instance_id=self.instance_id, state=inference_pb2.WORKER_STATE_READY
@@ -346,6 +348,10 @@ class WorkerFront:
             self._answer_ping(message.pong)
         elif kind == "status":
             self._take_status(message.status)
+        elif kind == "probed":
+            answer = self._probes.pop(message.probed.nonce, None)
+            if answer is not None and not answer.done():
+                answer.set_result(message.probed.report)
         elif kind == "drained":
             self._drain.done.set()
         else:
@@ -399,6 +405,20 @@ class WorkerFront:
             return await asyncio.wait_for(waiter, STATUS_TIMEOUT_S)
         finally:
             self._queries.pop(nonce, None)
+
+    async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeReport:
+        """Asks the engine to measure. Raises TimeoutError when it does not answer within 60 s."""
+        nonce = next(self._nonces)
+        answer: asyncio.Future[worker_pb2.ProbeReport] = asyncio.get_running_loop().create_future()
+        self._probes[nonce] = answer
+        order = channel_pb2.ProbeOrder(nonce=nonce, request=request)
+        self.engine.send(channel_pb2.FrontToEngine(probe=order))
+        try:
+            report = await asyncio.wait_for(answer, PROBE_TIMEOUT_S)
+        finally:
+            self._probes.pop(nonce, None)
+        report.prefill_instance = self.instance_id
+        return report
 
     def to_engine(self, message: channel_pb2.FrontToEngine) -> None:
         self.engine.send(message)

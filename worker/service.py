@@ -100,6 +100,10 @@ class FrontHandler(Protocol):
         """Called at any time, also again: the earliest of all limits counts."""
         ...
 
+    async def probe(self, request: worker_pb2.ProbeRequest) -> worker_pb2.ProbeReport:
+        """Measures the way to a peer. Raises TimeoutError where the engine does not answer."""
+        ...
+
     def describe(self) -> worker_pb2.RegisterRequest:
         """What it registers with."""
         ...
@@ -207,6 +211,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             )
         self._front.drain(timeout_s)
         return worker_pb2.DrainResponse()
+
+    async def Probe(
+        self,
+        request: worker_pb2.ProbeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.ProbeReport:
+        try:
+            return await self._front.probe(request)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the engine does not answer")
+            raise
 
     async def Describe(
         self,

@@ -246,6 +246,20 @@ def test_the_best_common_transport_is_chosen() -> None:
     assert choose_transport(mine, offers("nixl", "grpc"), "auto", {"nixl"}) == "grpc"
 
 
+def test_cuda_ipc_joins_processes_of_one_pid_namespace_only() -> None:
+    def end(namespace: str) -> kv_pb2.ConnectInfo:
+        offers = [("cuda_ipc", b""), ("nixl", b"")]
+        found = connect_info(instance_id=namespace, fingerprint="f", offers=offers)
+        found.pid_namespace = namespace
+        return found
+
+    assert choose_transport(end("boot/1"), end("boot/1"), "auto", set()) == "cuda_ipc"
+    for theirs in ("boot/2", "other/1", ""):
+        assert choose_transport(end("boot/1"), end(theirs), "auto", set()) == "nixl"
+        with pytest.raises(LookupError, match="needs cuda_ipc"):
+            choose_transport(end("boot/1"), end(theirs), "cuda_ipc", set())
+
+
 def test_a_named_transport_that_the_peer_lacks_is_refused_by_name() -> None:
     with pytest.raises(LookupError, match="nixl"):
         choose_transport(offers("nixl", "grpc"), offers("grpc"), "nixl", set())

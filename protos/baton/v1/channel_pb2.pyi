@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FrontToEngine(_message.Message):
-    __slots__ = ("start", "reserve", "prefill", "ticket", "generate", "abort", "peer_connected", "peer_gone", "kv", "kv_write_done", "status", "drain", "stop", "ping")
+    __slots__ = ("start", "reserve", "prefill", "ticket", "generate", "abort", "peer_connected", "peer_gone", "kv", "kv_write_done", "status", "drain", "stop", "ping", "probe")
     START_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class FrontToEngine(_message.Message):
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     start: bytes
     reserve: _worker_pb2.ReserveRequest
     prefill: _worker_pb2.PrefillRequest
@@ -38,10 +39,11 @@ class FrontToEngine(_message.Message):
     drain: bool
     stop: bool
     ping: int
-    def __init__(self, start: _Optional[bytes] = ..., reserve: _Optional[_Union[_worker_pb2.ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[_worker_pb2.PrefillRequest, _Mapping]] = ..., ticket: _Optional[_Union[_worker_pb2.TicketForPrefill, _Mapping]] = ..., generate: _Optional[_Union[_worker_pb2.GenerateLocally, _Mapping]] = ..., abort: _Optional[_Union[_worker_pb2.AbortWork, _Mapping]] = ..., peer_connected: _Optional[_Union[PeerConnected, _Mapping]] = ..., peer_gone: _Optional[_Union[PeerGone, _Mapping]] = ..., kv: _Optional[_Union[KvIn, _Mapping]] = ..., kv_write_done: _Optional[_Union[KvWriteDone, _Mapping]] = ..., status: _Optional[_Union[StatusQuery, _Mapping]] = ..., drain: _Optional[bool] = ..., stop: _Optional[bool] = ..., ping: _Optional[int] = ...) -> None: ...
+    probe: ProbeOrder
+    def __init__(self, start: _Optional[bytes] = ..., reserve: _Optional[_Union[_worker_pb2.ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[_worker_pb2.PrefillRequest, _Mapping]] = ..., ticket: _Optional[_Union[_worker_pb2.TicketForPrefill, _Mapping]] = ..., generate: _Optional[_Union[_worker_pb2.GenerateLocally, _Mapping]] = ..., abort: _Optional[_Union[_worker_pb2.AbortWork, _Mapping]] = ..., peer_connected: _Optional[_Union[PeerConnected, _Mapping]] = ..., peer_gone: _Optional[_Union[PeerGone, _Mapping]] = ..., kv: _Optional[_Union[KvIn, _Mapping]] = ..., kv_write_done: _Optional[_Union[KvWriteDone, _Mapping]] = ..., status: _Optional[_Union[StatusQuery, _Mapping]] = ..., drain: _Optional[bool] = ..., stop: _Optional[bool] = ..., ping: _Optional[int] = ..., probe: _Optional[_Union[ProbeOrder, _Mapping]] = ...) -> None: ...
 
 class EngineToFront(_message.Message):
-    __slots__ = ("ready", "failed", "reserved", "step", "work_failed", "kv", "kv_write", "status", "progress", "drained", "peer_attached", "request_done", "pong")
+    __slots__ = ("ready", "failed", "reserved", "step", "work_failed", "kv", "kv_write", "status", "progress", "drained", "peer_attached", "request_done", "pong", "probed")
     READY_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +57,7 @@ class EngineToFront(_message.Message):
     PEER_ATTACHED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DONE_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    PROBED_FIELD_NUMBER: _ClassVar[int]
     ready: EngineReady
     failed: EngineFailed
     reserved: _worker_pb2.Reserved
@@ -68,7 +71,8 @@ class EngineToFront(_message.Message):
     peer_attached: PeerAttached
     request_done: RequestDone
     pong: int
-    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., reserved: _Optional[_Union[_worker_pb2.Reserved, _Mapping]] = ..., step: _Optional[_Union[_worker_pb2.StepOutput, _Mapping]] = ..., work_failed: _Optional[_Union[_worker_pb2.WorkFailed, _Mapping]] = ..., kv: _Optional[_Union[KvOut, _Mapping]] = ..., kv_write: _Optional[_Union[KvWrite, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., progress: _Optional[str] = ..., drained: _Optional[bool] = ..., peer_attached: _Optional[_Union[PeerAttached, _Mapping]] = ..., request_done: _Optional[_Union[RequestDone, _Mapping]] = ..., pong: _Optional[int] = ...) -> None: ...
+    probed: ProbeAnswer
+    def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., reserved: _Optional[_Union[_worker_pb2.Reserved, _Mapping]] = ..., step: _Optional[_Union[_worker_pb2.StepOutput, _Mapping]] = ..., work_failed: _Optional[_Union[_worker_pb2.WorkFailed, _Mapping]] = ..., kv: _Optional[_Union[KvOut, _Mapping]] = ..., kv_write: _Optional[_Union[KvWrite, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., progress: _Optional[str] = ..., drained: _Optional[bool] = ..., peer_attached: _Optional[_Union[PeerAttached, _Mapping]] = ..., request_done: _Optional[_Union[RequestDone, _Mapping]] = ..., pong: _Optional[int] = ..., probed: _Optional[_Union[ProbeAnswer, _Mapping]] = ...) -> None: ...
 
 class EngineReady(_message.Message):
     __slots__ = ("model", "fingerprint", "transports", "engine_pid", "slot_bytes", "slots", "rank_pids", "outbox_slots")
@@ -185,6 +189,22 @@ class StatusReply(_message.Message):
     nonce: int
     status: _worker_pb2.WorkerStatus
     def __init__(self, nonce: _Optional[int] = ..., status: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ...) -> None: ...
+
+class ProbeOrder(_message.Message):
+    __slots__ = ("nonce", "request")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    request: _worker_pb2.ProbeRequest
+    def __init__(self, nonce: _Optional[int] = ..., request: _Optional[_Union[_worker_pb2.ProbeRequest, _Mapping]] = ...) -> None: ...
+
+class ProbeAnswer(_message.Message):
+    __slots__ = ("nonce", "report")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    report: _worker_pb2.ProbeReport
+    def __init__(self, nonce: _Optional[int] = ..., report: _Optional[_Union[_worker_pb2.ProbeReport, _Mapping]] = ...) -> None: ...
 
 class RequestDone(_message.Message):
     __slots__ = ("request_id", "attempt")

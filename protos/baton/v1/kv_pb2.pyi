@@ -141,7 +141,7 @@ class WriteAck(_message.Message):
     def __init__(self, write_id: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class KvMessage(_message.Message):
-    __slots__ = ("ticket_id", "epoch", "request_id", "written", "complete", "failed", "credit", "ack", "window", "window_ready")
+    __slots__ = ("ticket_id", "epoch", "request_id", "written", "complete", "failed", "credit", "ack", "window", "window_ready", "probe", "probe_granted")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,8 @@ class KvMessage(_message.Message):
     ACK_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     WINDOW_READY_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_GRANTED_FIELD_NUMBER: _ClassVar[int]
     ticket_id: int
     epoch: int
     request_id: str
@@ -162,7 +164,27 @@ class KvMessage(_message.Message):
     ack: TransferAck
     window: WindowOpened
     window_ready: WindowReady
-    def __init__(self, ticket_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., written: _Optional[_Union[PagesWritten, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[TransferAck, _Mapping]] = ..., window: _Optional[_Union[WindowOpened, _Mapping]] = ..., window_ready: _Optional[_Union[WindowReady, _Mapping]] = ...) -> None: ...
+    probe: ProbeAsked
+    probe_granted: ProbeGranted
+    def __init__(self, ticket_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., written: _Optional[_Union[PagesWritten, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[TransferAck, _Mapping]] = ..., window: _Optional[_Union[WindowOpened, _Mapping]] = ..., window_ready: _Optional[_Union[WindowReady, _Mapping]] = ..., probe: _Optional[_Union[ProbeAsked, _Mapping]] = ..., probe_granted: _Optional[_Union[ProbeGranted, _Mapping]] = ...) -> None: ...
+
+class ProbeAsked(_message.Message):
+    __slots__ = ("pages",)
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    pages: int
+    def __init__(self, pages: _Optional[int] = ...) -> None: ...
+
+class ProbeGranted(_message.Message):
+    __slots__ = ("ticket", "refused", "device", "host")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    refused: str
+    device: str
+    host: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
 
 class PagesWritten(_message.Message):
     __slots__ = ("pages", "pages_written")

@@ -128,6 +128,58 @@ class DrainWorkerResponse(_message.Message):
     instance_id: str
     def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
 
+class ProbeLinkRequest(_message.Message):
+    __slots__ = ("prefill", "decode", "probe")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    prefill: str
+    decode: str
+    probe: ProbeRequest
+    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("decode_instance", "bytes", "rounds")
+    DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    decode_instance: str
+    bytes: int
+    rounds: int
+    def __init__(self, decode_instance: _Optional[str] = ..., bytes: _Optional[int] = ..., rounds: _Optional[int] = ...) -> None: ...
+
+class ProbeReport(_message.Message):
+    __slots__ = ("prefill_instance", "decode_instance", "transport", "bytes", "gigabytes_per_s", "copy_gigabytes_per_s", "network_gigabytes_per_s", "connect_ms", "round_trip_ms", "same_host", "prefill_device", "decode_device", "facts", "error")
+    PREFILL_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    GIGABYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COPY_GIGABYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_GIGABYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    CONNECT_MS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_MS_FIELD_NUMBER: _ClassVar[int]
+    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    prefill_instance: str
+    decode_instance: str
+    transport: str
+    bytes: int
+    gigabytes_per_s: float
+    copy_gigabytes_per_s: float
+    network_gigabytes_per_s: float
+    connect_ms: float
+    round_trip_ms: float
+    same_host: bool
+    prefill_device: str
+    decode_device: str
+    facts: _containers.RepeatedScalarFieldContainer[str]
+    error: str
+    def __init__(self, prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., gigabytes_per_s: _Optional[float] = ..., copy_gigabytes_per_s: _Optional[float] = ..., network_gigabytes_per_s: _Optional[float] = ..., connect_ms: _Optional[float] = ..., round_trip_ms: _Optional[float] = ..., same_host: _Optional[bool] = ..., prefill_device: _Optional[str] = ..., decode_device: _Optional[str] = ..., facts: _Optional[_Iterable[str]] = ..., error: _Optional[str] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -55,6 +55,11 @@ class RegistryStub:
                 request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.ProbeLink = channel.unary_unary(
+                '/baton.v1.Registry/ProbeLink',
+                request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeLinkRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -86,6 +91,13 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeLink(self, request, context):
+        """For operators: has a prefill worker measure its way to a decode worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'ProbeLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeLink,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeLinkRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +246,33 @@ class Registry:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ProbeLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Registry/ProbeLink',
+            protos_dot_baton_dot_v1_dot_worker__pb2.ProbeLinkRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class WorkerStub:
     """Served by every worker's front.
@@ -259,6 +303,11 @@ class WorkerStub:
                 '/baton.v1.Worker/Describe',
                 request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/baton.v1.Worker/Probe',
+                request_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.FromString,
                 _registered_method=True)
 
 
@@ -292,6 +341,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """Measures the way to a decode worker with a transfer through free landing slots, beside the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -314,6 +370,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -425,6 +486,33 @@ class Worker:
             '/baton.v1.Worker/Describe',
             protos_dot_baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             protos_dot_baton_dot_v1_dot_worker__pb2.RegisterRequest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/Probe',
+            protos_dot_baton_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_worker__pb2.ProbeReport.FromString,
             options,
             channel_credentials,
             insecure,

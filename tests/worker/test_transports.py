@@ -1,0 +1,80 @@
+"""What an engine offers and refuses by name, and what `baton doctor` reads of a machine."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvtransfer.errors import TransportUnavailableError
+from kvtransfer.layout import PageLayout
+from kvtransfer.shared_memory import anonymous_file
+from worker.channel import EngineChannel
+from worker.link_probe import affinity, network_devices
+from worker.transports import TransferMemory, make_transports
+
+LAYOUT = PageLayout(layers=2, page_size=4, kv_heads=2, head_dim=4, itemsize=2)
+
+
+@pytest.fixture
+def memory() -> Iterator[TransferMemory]:
+    fds = [anonymous_file(), anonymous_file()]
+    yield TransferMemory(
+        layout=LAYOUT,
+        device=torch.device("cpu"),
+        source=None,
+        window_slots=4,
+        outbox_slots=0,
+        window_fd=os.dup(fds[0]),
+        outbox_fd=os.dup(fds[1]),
+    )
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.fixture
+def channel() -> Iterator[EngineChannel]:
+    mine, other = socket.socketpair()
+    yield EngineChannel(mine, on_closed=lambda: None)
+    mine.close()
+    other.close()
+
+
+def test_cuda_ipc_by_name_is_refused_where_there_is_no_gpu(
+    memory: TransferMemory, channel: EngineChannel
+) -> None:
+    with pytest.raises(TransportUnavailableError, match=r"cuda_ipc is not available.*on cpu"):
+        make_transports("cuda_ipc", instance_id="d", memory=memory, channel=channel)
+
+
+def test_on_a_cpu_auto_offers_what_works_there(
+    memory: TransferMemory, channel: EngineChannel
+) -> None:
+    offered = make_transports("auto", instance_id="d", memory=memory, channel=channel)
+    assert "cuda_ipc" not in offered.by_name
+    assert list(offered.by_name)[-1] == "grpc"
+    assert offered.window is not None
+    assert offered.window.slots == 4
+
+
+def test_network_devices_that_are_up_are_listed_with_their_rates(tmp_path: Path) -> None:
+    def put(path: str, text: str) -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+
+    put("class/infiniband/mlx5_0/ports/1/rate", "400 Gb/sec (4X NDR)")
+    put("class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE")
+    put("class/infiniband/mlx5_0/device/numa_node", "1")
+    put("class/infiniband/mlx5_1/ports/1/rate", "400 Gb/sec (4X NDR)")
+    put("class/infiniband/mlx5_1/ports/1/state", "1: DOWN")
+    put("class/net/eth0/speed", "25000")
+    put("class/net/eth0/operstate", "up")
+    put("class/net/lo/speed", "-1")
+    put("class/net/lo/operstate", "unknown")
+    assert network_devices(sysfs=tmp_path) == {"mlx5_0": 50.0, "eth0": 3.125}
+    lines = affinity(torch.device("cpu"), sysfs=tmp_path)
+    assert "mlx5_0: 50 GB/s, NUMA node 1" in lines
+    assert "eth0: 3.125 GB/s" in lines
