@@ -77,6 +77,11 @@ def make_rank_transports(
     links: Sequence[RankLink],
 ) -> Transports:
     """As `make_transports`, for all ranks. Raises TransportUnavailableError."""
+    if config.transport == "cuda_ipc":
+        raise TransportUnavailableError(
+            "transport cuda_ipc is not available: it moves the pages of one GPU, and this worker's "
+            f"lie on {config.tensor_parallel_size}"
+        )
     slots, layout = memory.window_slots, memory.layout
     if memory.source is None and not slots:
         return Transports({}, None, 0)

@@ -12,7 +12,9 @@ from kvtransfer.errors import TransportUnavailableError
 from kvtransfer.layout import PageLayout
 from kvtransfer.shared_memory import anonymous_file
 from worker.channel import EngineChannel
+from worker.config import WorkerConfig
 from worker.link_probe import affinity, network_devices
+from worker.rank_memory import make_rank_transports
 from worker.transports import TransferMemory, make_transports
 
 LAYOUT = PageLayout(layers=2, page_size=4, kv_heads=2, head_dim=4, itemsize=2)
@@ -23,6 +25,7 @@ def memory() -> Iterator[TransferMemory]:
     fds = [anonymous_file(), anonymous_file()]
     yield TransferMemory(
         layout=LAYOUT,
+        kv_heads=LAYOUT.kv_heads,
         device=torch.device("cpu"),
         source=None,
         window_slots=4,
@@ -47,6 +50,14 @@ def test_cuda_ipc_by_name_is_refused_where_there_is_no_gpu(
 ) -> None:
     with pytest.raises(TransportUnavailableError, match=r"cuda_ipc is not available.*on cpu"):
         make_transports("cuda_ipc", instance_id="d", memory=memory, channel=channel)
+
+
+def test_cuda_ipc_by_name_is_refused_where_pages_lie_on_several_gpus(
+    memory: TransferMemory, channel: EngineChannel
+) -> None:
+    config = WorkerConfig(model="m", transport="cuda_ipc", tensor_parallel_size=2)
+    with pytest.raises(TransportUnavailableError, match="pages of one GPU"):
+        make_rank_transports(config, instance_id="d", memory=memory, channel=channel, links=[])
 
 
 def test_on_a_cpu_auto_offers_what_works_there(
