@@ -16,12 +16,14 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.scheduler import Scheduler
 from kvtransfer.agent import TransferAgent
 from kvtransfer.fake_transport import FakeNetwork, FakeTransport, Fault
+from kvtransfer.geometry import RankPlace
 from kvtransfer.layout import PageLayout
 from kvtransfer.window import LandingWindow
 from prefill_service.role import PrefillRole
 from protos.baton.v1 import channel_pb2, worker_pb2
 from tests.engine.scheduler.stub import CONTEXT, EOS, NUM_LAYERS, VOCAB, StubRunner
 from worker.engine_role import EngineRole
+from worker.rank_kv import RankKv, RankLander, RankSealer
 
 PREFILL, DECODE = "prefill-1", "decode-1"
 PAGE_SIZE = 4
@@ -94,16 +96,22 @@ class Worker:
         self.memory = make_memory_pools(
             num_pages=PAGES, page_size=PAGE_SIZE, num_rows=8, max_context_len=CONTEXT
         )
+        kv = RankKv(self.pool, RankPlace(layout=LAYOUT, kv_heads=LAYOUT.kv_heads))
         parts: Any = SimpleNamespace(
             agent=self.agent,
             channel=SimpleNamespace(send=self.said.append),
             config=SimpleNamespace(
-                enable_priority_scheduling=False, max_queued_requests=64, verify_kv=True
+                enable_priority_scheduling=False,
+                max_queued_requests=64,
+                verify_kv=True,
+                handover_trace="",
             ),
             model_config=SimpleNamespace(eos_token_ids=[EOS]),
             memory=self.memory,
             kv_pool=SimpleNamespace(as_bytes=lambda: self.pool),
             layout=LAYOUT,
+            sealer=RankSealer(kv, ()),
+            lander=RankLander(kv, ()),
         )
         self.role = role(parts)
         self.scheduler = Scheduler(
