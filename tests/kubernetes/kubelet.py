@@ -160,11 +160,7 @@ class Kubelet:
             if run.done:
                 self._forget(run.item)
                 return
-        status = run.status()
-        if run.name in self.held:
-            for condition in status["conditions"]:
-                if condition["type"] in ("Ready", "ContainersReady"):
-                    condition["status"] = "False"
+        status = run.status(held=run.name in self.held)
         if self._sent.get(metadata["uid"]) != status:
             with contextlib.suppress(ApiError):
                 self.api.patch(f"{path(run.item)}/status", {"status": status})

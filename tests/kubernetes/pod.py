@@ -8,6 +8,7 @@ import subprocess
 import time
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ class PodRun:
     _pre_stop: "list[subprocess.Popen[bytes]] | None" = None
     _told: bool = False
     _deadline: float = 0.0
+    _was_ready: bool | None = None
+    _since: str = ""
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True)
@@ -160,8 +163,13 @@ class PodRun:
                 container.process.wait(timeout=10)
             self.exits.setdefault(name, container.process.returncode)
 
-    def status(self) -> Object:
-        """As a kubelet reports it."""
+    def status(self, *, held: bool = False) -> Object:
+        """As a kubelet reports it; `held`: not Ready, whatever the probes say."""
+        is_ready = self.ready and not held
+        if is_ready != self._was_ready:
+            # How long a pod has been Ready decides when its Deployment goes on.
+            self._was_ready = is_ready
+            self._since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         states: list[Object] = []
         for name, container in self.containers.items():
             state: Object = {"running": {}}
@@ -170,7 +178,7 @@ class PodRun:
             states.append(
                 {
                     "name": name,
-                    "ready": self.ready,
+                    "ready": is_ready,
                     "started": True,
                     "restartCount": container.restarts,
                     "state": state,
@@ -181,7 +189,7 @@ class PodRun:
         phase = "Running"
         if self.done:
             phase = "Failed" if any(self.exits.values()) else "Succeeded"
-        ready = "True" if self.ready else "False"
+        ready = "True" if is_ready else "False"
         return {
             "phase": phase,
             "podIP": self.address,
@@ -189,7 +197,7 @@ class PodRun:
             "hostIP": HOST,
             "containerStatuses": states,
             "conditions": [
-                {"type": kind, "status": value}
+                {"type": kind, "status": value, "lastTransitionTime": self._since}
                 for kind, value in (
                     *(("PodScheduled", "True"), ("Initialized", "True")),
                     *(("ContainersReady", ready), ("Ready", ready)),

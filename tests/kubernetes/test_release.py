@@ -91,7 +91,10 @@ def _check_revisions(release: Release) -> None:
 
 
 def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Cluster) -> None:
-    with installed(cluster, "life", {}, workers=2) as release:
+    # A role's old workers go this long after its new ones are Ready: by then both roles and their
+    # router are, or the old router would have nobody left.
+    slowly = {role: {"minReadySeconds": 20} for role in ("prefill", "decode")}
+    with installed(cluster, "life", slowly, workers=2) as release:
         old = {run.name for role in ("router", "prefill", "decode") for run in release.pods(role)}
         expected = release.answer(TOKENS)
         with pytest.raises(HelmError, match="replica"):
@@ -100,7 +103,7 @@ def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Clu
         streams = Streams(release)
         changed = {"prefill": {"settings": {"page_size": 32}},
                    "decode": {"settings": {"page_size": 32}}}  # fmt: skip
-        release.upgrade(merged(SMALL, changed))
+        release.upgrade(merged(merged(SMALL, slowly), changed))
         # The old generation finishes what it has; what comes meanwhile is served by either.
         while streams.running:
             _check_revisions(release)
@@ -120,6 +123,7 @@ def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Clu
         assert "Succeeded" in release.helm("test", "--timeout", "3m")
         release.helm("uninstall")
         wait_for(lambda: not release.objects(), "nothing of it is left", limit_s=120.0)
+        wait_for(lambda: not cluster.kubelet.of_namespace("life"), "its processes have ended")
         went = {e.name: e for e in cluster.kubelet.ended if e.name.startswith("life-")}
         servers = {name: e for name, e in went.items() if not name.endswith("-test")}
         assert len(servers) >= 6
