@@ -16,3 +16,6 @@ RadixEvictionPolicy = Literal["lru", "lfu"]
 
 HostWritePolicy = Literal["write_through", "write_back"]
 """A cached prefix is copied to host memory when it enters the cache, or when it is evicted."""
+
+KvCacheDtype = Literal["auto", "fp8_e4m3"]
+"""What KV is stored as: as the model computes, or as 8-bit floating-point numbers."""

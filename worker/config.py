@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.scheduler.config import SchedulePolicyName
-from engine.types import HostWritePolicy, RadixEvictionPolicy
+from engine.types import HostWritePolicy, KvCacheDtype, RadixEvictionPolicy
 from protos.tls import TlsSettings, check_pairs
 
 Role = Literal["prefill", "decode", "unified"]
@@ -100,9 +100,18 @@ class WorkerConfig(TlsSettings):
     mem_fraction: float = 0.85
     """Share of the GPU's memory for weights and KV pool together."""
 
-    cuda_graph_max_batch: int = 0
-    """Largest decode batch that is captured as a CUDA graph at start; larger ones, and all where
-    this is 0, run eagerly. Requests."""
+    cuda_graph_max_batch: int = 256
+    """Largest decode batch that is captured as a CUDA graph at start, max_running_requests at most;
+    larger ones, and all where this is 0 or the device is a CPU, run eagerly. Requests."""
+
+    kv_cache_dtype: KvCacheDtype = "auto"
+    """What KV is stored and moved as: auto as the model computes, fp8_e4m3 in half the bytes (or a
+    quarter of float32's), at some loss of accuracy. Workers that hand over must agree."""
+
+    deterministic: bool = False
+    """A request's tokens and log probabilities are the same, bit for bit, whatever batch, chunks
+    and prefix hits it meets, and after a replay. Slower: on a GPU kernels of one fixed order, on a
+    CPU one token at a time. Workers that hand over must agree."""
 
     max_running_requests: int = 256
     """Most requests in one decode batch."""

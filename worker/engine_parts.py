@@ -28,7 +28,7 @@ from worker.host_memory import host_cache_copier, retract_copier
 from worker.kv_traffic import KvTraffic
 from worker.rank_kv import RankKv, RankLander, RankSealer
 from worker.rank_memory import make_rank_transports, rank_place
-from worker.rank_model import load_rank_model, rank_device, window_slots
+from worker.rank_model import arithmetic_of, load_rank_model, rank_device, window_slots
 from worker.ranks import Ranks
 from worker.transports import OUTBOX_SLOTS, TransferMemory, Transports, make_transports
 
@@ -157,7 +157,13 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
     )
     _progress(process, f"loading {directory.name} on {_devices(config, device)}")
     group = ranks.join(device)
-    model = load_rank_model(config, group=group, device=device, traffic=traffic)
+    model = load_rank_model(
+        config,
+        group=group,
+        device=device,
+        traffic=traffic,
+        progress=lambda line: _progress(process, line),
+    )
     runner, layout = model.runner, model.layout
     pool = runner.kv_pool
     memory = make_memory_pools(
@@ -214,7 +220,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         kv_heads=transfer_memory.kv_heads,
         fingerprint=compatibility_fingerprint(
             model_digest(directory, load_format=config.load_format),
-            str(model.dtype),
+            arithmetic_of(config, model.dtype),
             replace(layout, kv_heads=transfer_memory.kv_heads),
         ),
         transports=transports,

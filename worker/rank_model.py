@@ -1,12 +1,13 @@
 """One rank's part of the model, as the worker's configuration asks for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.errors import ConfigError
-from engine.execution.device import resolve_device, resolve_dtype
+from engine.execution.device import kv_storage_dtype, resolve_device, resolve_dtype
 from engine.execution.model_runner import ModelRunner, load_model_runner
 from engine.model_config import ModelConfig
 from engine.parallel.group import TensorGroup
@@ -54,11 +55,22 @@ def rank_device(config: WorkerConfig, rank: int) -> torch.device:
     return device
 
 
+def arithmetic_of(config: WorkerConfig, dtype: torch.dtype) -> str:
+    """What two workers must compute and store alike to go on from each other's KV."""
+    mode = " deterministic" if config.deterministic else ""
+    return f"{dtype} kv {kv_storage_dtype(config.kv_cache_dtype, dtype)}{mode}"
+
+
 def load_rank_model(
-    config: WorkerConfig, *, group: TensorGroup, device: torch.device, traffic: KvTraffic
+    config: WorkerConfig,
+    *,
+    group: TensorGroup,
+    device: torch.device,
+    traffic: KvTraffic,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> RankModel:
-    """Loads the weights and takes the KV pool; all ranks together. Raises EngineError, worded for
-    the operator."""
+    """Loads the weights and takes the KV pool; all ranks together. `progress` is told what takes
+    its time. Raises EngineError, worded for the operator."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.threads:
@@ -72,8 +84,9 @@ def load_rank_model(
         page_size=config.page_size,
         kv_heads=len(shards.kv_heads),
         head_dim=checkpoint.head_dim,
-        itemsize=dtype.itemsize,
+        itemsize=kv_storage_dtype(config.kv_cache_dtype, dtype).itemsize,
     )
+    graphs = min(config.cuda_graph_max_batch, config.max_running_requests)
     window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
     runner = load_model_runner(
         checkpoint,
@@ -86,7 +99,10 @@ def load_rank_model(
         reserved_bytes=window_bytes if traffic is KvTraffic.RECEIVES else 0,
         load_format=config.load_format,
         max_context_length=config.max_context_length,
-        graphs_up_to=0 if traffic is KvTraffic.SENDS else config.cuda_graph_max_batch,
+        graphs_up_to=0 if traffic is KvTraffic.SENDS else graphs,
         group=group,
+        kv_cache_dtype=config.kv_cache_dtype,
+        deterministic=config.deterministic,
+        progress=progress,
     )
     return RankModel(checkpoint=checkpoint, runner=runner, layout=layout, dtype=dtype)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.attention import GraphableAttention, GraphAttention
 from engine.execution.forward_batch import ForwardBatch
-from engine.execution.page_table import PageTable, page_table
+from engine.execution.page_table import PageTable, TableBuffers, page_table
+from engine.execution.progress import progress_bar
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.decoder import Decoder
-from engine.models.fused_ops import flashinfer_library
 
 _WARM_UP_RUNS = 2
 """Before a capture, so that libraries build, tune and allocate outside it."""
@@ -36,10 +36,12 @@ class DecodeGraphs:
         self,
         decoder: Decoder,
         kv_pool: PageMajorKVPool,
-        attention: FlashInferAttention,
+        attention: GraphableAttention,
         *,
         max_batch: int,
+        progress: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """`progress` is told, line by line, how far the capture is."""
         device = kv_pool.device
         self._decoder = decoder
         self._pool = kv_pool
@@ -54,16 +56,21 @@ class DecodeGraphs:
         self._padding_pages = torch.full(
             (largest,), kv_pool.num_pages, dtype=torch.int32, device=device
         )
-        buffers = _TableBuffers(decoder, kv_pool, largest)
+        # Requests that share a prefix list its pages once each, so the pool's size is no bound.
+        pages = largest * -(-decoder.config.context_length // kv_pool.page_size)
+        buffers = TableBuffers(largest, pages, device)
         memory: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, _Graph] = {}
         # From large to small, so that the smaller ones reuse the largest one's memory.
-        for size in reversed(self._sizes):
-            graph_attention = _GraphAttention(attention, buffers, size)
+        for done, size in enumerate(reversed(self._sizes)):
+            progress(progress_bar("capturing decode graphs", done, len(self._sizes)))
+            graph_attention = attention.for_graph(buffers, size)
             graph_attention.plan(self._padded([], size))
             self._graphs[size] = _Graph(
                 graph_attention, *capture(self._step(size, graph_attention), memory)
             )
+
+        progress(progress_bar("capturing decode graphs", len(self._sizes), len(self._sizes)))
 
     def can_run(self, batch: ForwardBatch) -> bool:
         return batch.forward_mode.is_decode() and len(batch.seq_lens_cpu) <= self._sizes[-1]
@@ -84,7 +91,7 @@ class DecodeGraphs:
         graph.replay()
         return graph.logits[:count]
 
-    def _step(self, size: int, attention: "_GraphAttention") -> Callable[[], torch.Tensor]:
+    def _step(self, size: int, attention: GraphAttention) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:
             hidden = self._decoder.forward(
                 self._input_ids[:size],
@@ -117,46 +124,11 @@ class _Graph:
     __slots__ = ("attention", "logits", "replay")
 
     def __init__(
-        self, attention: "_GraphAttention", replay: Callable[[], None], logits: torch.Tensor
+        self, attention: GraphAttention, replay: Callable[[], None], logits: torch.Tensor
     ) -> None:
         self.attention = attention
         self.replay = replay
         self.logits = logits
-
-
-class _TableBuffers:
-    """Page tables at fixed addresses; sizes share them, since only one graph runs at a time."""
-
-    __slots__ = ("indices", "indptr", "last_page_len")
-
-    def __init__(self, decoder: Decoder, kv_pool: PageMajorKVPool, rows: int) -> None:
-        # Requests that share a prefix list its pages once each, so the pool's size is no bound.
-        pages = rows * -(-decoder.config.context_length // kv_pool.page_size)
-        device = kv_pool.device
-        self.indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        self.indices = torch.zeros(pages, dtype=torch.int32, device=device)
-        self.last_page_len = torch.zeros(rows, dtype=torch.int32, device=device)
-
-
-class _GraphAttention:
-    """Decode attention whose plan lies at fixed addresses."""
-
-    def __init__(self, attention: FlashInferAttention, buffers: _TableBuffers, size: int) -> None:
-        self._shared = attention
-        self._wrapper: Any = flashinfer_library().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
-            attention.workspace,
-            buffers.indptr[: size + 1],
-            buffers.indices,
-            buffers.last_page_len[:size],
-            "NHD",
-            use_tensor_cores=True,
-        )
-
-    def plan(self, pages: PageTable) -> None:
-        self._shared.plan_decode(self._wrapper, pages)
-
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        return self._shared.run_with(self._wrapper, layer, q)
 
 
 def capture(

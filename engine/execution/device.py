@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
+from engine.types import KvCacheDtype
 
 CONTEXT_BYTES = 3 << 29
 """What a process takes on a GPU besides torch's own memory: CUDA's context, libraries, graphs."""
@@ -60,6 +61,11 @@ def resolve_dtype(
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def kv_storage_dtype(name: KvCacheDtype, dtype: torch.dtype) -> torch.dtype:
+    """auto: KV is stored as it is computed, in `dtype`."""
+    return torch.float8_e4m3fn if name == "fp8_e4m3" else dtype
 
 
 def kv_pool_pages(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.execution.forward_batch import ForwardBatch
-from engine.execution.page_table import PageTable, host_int32, page_table
+from engine.execution.page_table import PageTable, TableBuffers, host_int32, page_table
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.fused_ops import flashinfer_library
@@ -37,11 +37,12 @@ class FlashInferAttention:
         # it.
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=kv_pool.device)
         hopper = torch.cuda.get_device_capability(kv_pool.device)[0] == _HOPPER
+        # The FA3 kernels take queries and KV of one dtype only.
         self._prefill: Any = library.BatchPrefillWithPagedKVCacheWrapper(
-            self.workspace, "NHD", backend="fa3" if hopper else "fa2"
+            self.workspace, "NHD", backend="fa3" if hopper and not kv_pool.is_fp8 else "fa2"
         )
         self._decode: Any = library.BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace, "NHD", use_tensor_cores=True
+            self.workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
         self._wrapper: Any = self._decode
         self._planned = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -59,6 +60,10 @@ class FlashInferAttention:
 
     def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return self.run_with(self._wrapper, layer, q)
+
+    def for_graph(self, buffers: TableBuffers, rows: int) -> "FlashInferGraphAttention":
+        """Decode of `rows` requests, whose plan lies at fixed addresses."""
+        return FlashInferGraphAttention(self, buffers, rows)
 
     def plan_decode(self, wrapper: Any, pages: PageTable) -> None:
         """Plans any decode wrapper: one query token a request."""
@@ -78,11 +83,35 @@ class FlashInferAttention:
             num_qo_heads=self._config.num_heads,
             num_kv_heads=self._config.num_kv_heads,
             page_size=self._pool.page_size,
-            q_data_type=self._pool.dtype,
+            q_data_type=self._pool.compute_dtype,
             kv_data_type=self._pool.dtype,
             **settings,
         )
         self._planned.record()
+
+
+class FlashInferGraphAttention:
+    """One captured batch size's attention: `plan` before each replay."""
+
+    def __init__(self, shared: FlashInferAttention, buffers: TableBuffers, rows: int) -> None:
+        self._shared = shared
+        self._wrapper: Any = flashinfer_library().BatchDecodeWithPagedKVCacheWrapper(
+            shared.workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=buffers.indptr[: rows + 1],
+            paged_kv_indices_buffer=buffers.indices,
+            paged_kv_last_page_len_buffer=buffers.last_page_len[:rows],
+            backend="fa2",
+        )
+
+    def plan(self, pages: PageTable) -> None:
+        """`pages` lists as many requests as were captured, each with one new token."""
+        self._shared.plan_decode(self._wrapper, pages)
+
+    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        return self._shared.run_with(self._wrapper, layer, q)
 
 
 def _arrays(pages: PageTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

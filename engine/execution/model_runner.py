@@ -1,14 +1,20 @@
 """Computes one step of a batch: decoder, logits, sampling."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from engine.execution.attention import AttentionBackend, AttentionName, create_attention
+from engine.execution.attention import (
+    AttentionBackend,
+    AttentionName,
+    GraphableAttention,
+    create_attention,
+    flashinfer_obstacle,
+)
 from engine.execution.decode_graphs import DecodeGraphs
-from engine.execution.device import kv_pool_pages, to_device
-from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.device import kv_pool_pages, kv_storage_dtype, to_device
 from engine.execution.forward_batch import (
     ForwardBatch,
     ForwardMode,
@@ -16,11 +22,18 @@ from engine.execution.forward_batch import (
     PromptTargets,
     TokenLogprobs,
 )
+from engine.execution.kernel_cache import build_kernels
 from engine.execution.sampler import Sampler, token_logprobs
+from engine.execution.token_by_token import (
+    hidden_states_by_token,
+    logits_by_token,
+    run_layers_by_token,
+)
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import BetweenLayers, Decoder, load_decoder
 from engine.parallel.group import ALONE, TensorGroup
+from engine.types import KvCacheDtype
 
 PROMPT_LOGITS_TOKENS = 1024
 """Prompt tokens whose logits exist at a time: 0.5 GiB in float32 for a vocabulary of 131,072."""
@@ -39,13 +52,19 @@ class ModelRunner:
         kv_pool: PageMajorKVPool,
         attention: AttentionBackend,
         decode_graphs: DecodeGraphs | None = None,
+        deterministic: bool = False,
     ) -> None:
+        """`deterministic`: a request's tokens, log probabilities and KV are the same, bit for bit,
+        whatever is computed beside it and however its prompt is cut. `decoder` and `attention` are
+        made for it, where the device is a GPU."""
         self.model_config = decoder.config
         self.decoder = decoder
         self.kv_pool = kv_pool
         self.attention = attention
         self._decode_graphs = decode_graphs
-        self._sampler = Sampler()
+        self._sampler = Sampler(deterministic=deterministic)
+        self._deterministic = deterministic
+        self._by_token = deterministic and kv_pool.device.type != "cuda"
         self._split: tuple[int, BetweenLayers] | None = None
         """The next layer of a step that runs in parts, and what the one before left."""
 
@@ -73,24 +92,15 @@ class ModelRunner:
         else:
             raise ValueError(f"layer {first_layer} does not follow what has run of this step")
         self._split = None
-        # Planned anew for each part, as the steps between them have plans of their own.
-        self.attention.plan(batch)
-        state = self.decoder.run_layers(
-            range(first_layer, last_layer),
-            state,
-            batch.positions,
-            self.kv_pool.rows(batch.out_cache_loc),
-            self.kv_pool,
-            self.attention,
-        )
+        state = self._run_layers(range(first_layer, last_layer), state, batch)
         if last_layer < self.num_layers:
             self._split = (last_layer, state)
             return ForwardResult(next_token_ids=batch.input_ids[:0], logprobs=None)
         if batch.prompt_targets is not None:
-            hidden = self.decoder.hidden_states(state, None)
+            hidden = self._hidden_states(state, None)
             return self._judge_prompt(batch, batch.prompt_targets, hidden)
-        hidden = self.decoder.hidden_states(state, self._last_tokens(batch))
-        return self._sampler.sample(self.decoder.logits(hidden), batch.sampling)
+        hidden = self._hidden_states(state, self._last_tokens(batch))
+        return self._sampler.sample(self._logits(hidden), batch.sampling)
 
     def drop_split(self) -> None:
         """The step that runs in parts is not continued."""
@@ -106,7 +116,7 @@ class ModelRunner:
             raise ValueError(f"a {batch.forward_mode.name} batch has no forward")
         if self._decode_graphs is not None and self._decode_graphs.can_run(batch):
             return self._decode_graphs.forward_logits(batch)
-        return self.decoder.logits(self._hidden(batch, self._last_tokens(batch)))
+        return self._logits(self._hidden(batch, self._last_tokens(batch)))
 
     @torch.no_grad()
     def _forward_prompt(self, batch: ForwardBatch, targets: PromptTargets) -> ForwardResult:
@@ -118,7 +128,12 @@ class ModelRunner:
     ) -> ForwardResult:
         """The step's result for hidden states of all its tokens, in slices to bound memory."""
         slices = [
-            token_logprobs(self.decoder.logits(hidden[inputs]), target_ids, targets.top)
+            token_logprobs(
+                self._logits(hidden[inputs]),
+                target_ids,
+                targets.top,
+                deterministic=self._deterministic,
+            )
             for inputs, target_ids in zip(
                 torch.split(targets.inputs, PROMPT_LOGITS_TOKENS),
                 torch.split(targets.target_ids, PROMPT_LOGITS_TOKENS),
@@ -132,20 +147,35 @@ class ModelRunner:
         )
         last_tokens = self._last_tokens(batch)
         last = hidden if last_tokens is None else hidden[last_tokens]
-        result = self._sampler.sample(self.decoder.logits(last), batch.sampling)
+        result = self._sampler.sample(self._logits(last), batch.sampling)
         return replace(result, prompt=prompt)
 
     def _hidden(self, batch: ForwardBatch, tokens: torch.Tensor | None) -> torch.Tensor:
         """Hidden states of the input tokens `tokens` (None: of all), and the KV of all written."""
-        self.attention.plan(batch)
-        return self.decoder.forward(
-            batch.input_ids,
-            batch.positions,
-            self.kv_pool.rows(batch.out_cache_loc),
-            self.kv_pool,
-            self.attention,
-            tokens,
-        )
+        layers = range(self.num_layers)
+        state = self._run_layers(layers, self.decoder.embed(batch.input_ids), batch)
+        return self._hidden_states(state, tokens)
+
+    def _run_layers(
+        self, layers: range, state: BetweenLayers, batch: ForwardBatch
+    ) -> BetweenLayers:
+        """Planned anew for each part of a step: the steps between them have plans of their own."""
+        decoder, pool, attention = self.decoder, self.kv_pool, self.attention
+        if self._by_token:
+            return run_layers_by_token(decoder, layers, state, batch, pool, attention)
+        attention.plan(batch)
+        rows = pool.rows(batch.out_cache_loc)
+        return decoder.run_layers(layers, state, batch.positions, rows, pool, attention)
+
+    def _hidden_states(self, state: BetweenLayers, tokens: torch.Tensor | None) -> torch.Tensor:
+        if self._by_token:
+            return hidden_states_by_token(self.decoder, state, tokens)
+        return self.decoder.hidden_states(state, tokens)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._by_token:
+            return logits_by_token(self.decoder, hidden)
+        return self.decoder.logits(hidden)
 
     def _last_tokens(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Index of each request's last input token; None where all tokens are."""
@@ -173,12 +203,16 @@ def load_model_runner(
     max_context_length: int = 0,
     graphs_up_to: int = 0,
     group: TensorGroup = ALONE,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    deterministic: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> ModelRunner:
     """Loads the weights, then gives the KV pool what memory is left (see kv_pool_pages), then
     builds the runner; the pool is its `kv_pool`.
 
     `max_context_length` shortens the model's context (0: as it is). `graphs_up_to` captures decode
-    steps up to that many requests as CUDA graphs, where attention is FlashInfer's (0: none).
+    steps up to that many requests as CUDA graphs, on a GPU with kernels for it (0: none).
+    `progress` is told, line by line, what takes its time.
     With several ranks in `group` all of them call this together, each for its part of the model and
     of the KV heads; they agree on the pages of the one with the least memory.
     Raises InvalidModelError, ConfigError.
@@ -193,12 +227,14 @@ def load_model_runner(
         dtype=dtype,
         load_format=load_format,
         group=group,
+        deterministic=deterministic,
     )
     model_config = decoder.config
+    kv_dtype = kv_storage_dtype(kv_cache_dtype, dtype)
     num_pages = kv_pool_pages(
         model_config,
         page_size=page_size,
-        dtype=dtype,
+        dtype=kv_dtype,
         device=device,
         max_total_tokens=max_total_tokens,
         mem_fraction=mem_fraction,
@@ -211,12 +247,27 @@ def load_model_runner(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype,
         device=device,
+        compute_dtype=dtype,
     )
-    backend = create_attention(model_config, kv_pool, attention)
+    if (
+        device.type == "cuda"
+        and attention != "torch"
+        and not flashinfer_obstacle(model_config, kv_pool)
+    ):
+        build_kernels(model_config, kv_pool, deterministic=deterministic, progress=progress)
+    backend = create_attention(model_config, kv_pool, attention, deterministic=deterministic)
     graphs = None
-    if graphs_up_to and isinstance(backend, FlashInferAttention):
+    if graphs_up_to and isinstance(backend, GraphableAttention):
         with torch.no_grad():
-            graphs = DecodeGraphs(decoder, kv_pool, backend, max_batch=graphs_up_to)
-    return ModelRunner(decoder, kv_pool=kv_pool, attention=backend, decode_graphs=graphs)
+            graphs = DecodeGraphs(
+                decoder, kv_pool, backend, max_batch=graphs_up_to, progress=progress
+            )
+    return ModelRunner(
+        decoder,
+        kv_pool=kv_pool,
+        attention=backend,
+        decode_graphs=graphs,
+        deterministic=deterministic,
+    )

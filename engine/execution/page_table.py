@@ -21,6 +21,18 @@ class PageTable:
     """[b] int32 on the host: tokens in each request's last page, 1 to page_size."""
 
 
+class TableBuffers:
+    """Page tables at fixed addresses for captured graphs; sizes share them, since only one graph
+    runs at a time."""
+
+    __slots__ = ("indices", "indptr", "last_page_len")
+
+    def __init__(self, rows: int, pages: int, device: torch.device) -> None:
+        self.indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(pages, dtype=torch.int32, device=device)
+        self.last_page_len = torch.zeros(rows, dtype=torch.int32, device=device)
+
+
 def page_table(batch: ForwardBatch, page_size: int) -> PageTable:
     """The batch's page table. Lengths come from the host, page numbers from the device's
     request-to-token table, so that nothing waits."""

@@ -111,7 +111,7 @@ class TorchAttention:
         width = blocks.shape[2] * self._pool.page_size
         columns = torch.arange(width, device=device)
         lengths = to_device([batch.seq_lens_cpu[row] for row in rows], device)
-        mask = torch.zeros((len(rows), 1, 1, width), dtype=self._pool.dtype, device=device)
+        mask = torch.zeros((len(rows), 1, 1, width), dtype=self._pool.compute_dtype, device=device)
         mask.masked_fill_((columns >= lengths[:, None])[:, None, None], float("-inf"))
         tokens = None if alone else to_device([starts[row] for row in rows], device)
         return _SingleRows(tokens, blocks, mask)
@@ -144,7 +144,7 @@ class TorchAttention:
             return
         width = self._causal_prefix + block
         self._causal = torch.full(
-            (block, width), float("-inf"), dtype=self._pool.dtype, device=self._pool.device
+            (block, width), float("-inf"), dtype=self._pool.compute_dtype, device=self._pool.device
         ).triu_(self._causal_prefix + 1)
 
     def _run_singles(self, layer: int, q: torch.Tensor, rows: _SingleRows) -> torch.Tensor:

@@ -7,6 +7,9 @@ one layer through a strided view.
 
 import torch
 
+_BYTES = torch.uint8
+"""float8 is stored and gathered as bytes: torch moves those on every device."""
+
 
 class PageMajorKVPool:
     """Keys and values of `num_pages` pages.
@@ -28,7 +31,15 @@ class PageMajorKVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` is what is stored. Where that is float8_e4m3fn, `compute_dtype` is what the model
+        computes in: what is written is rounded (to the nearest, at most 448), what is read is
+        converted back. It must be left out, or the same, otherwise.
+        """
+        if compute_dtype not in (None, dtype) and dtype is not torch.float8_e4m3fn:
+            raise ValueError(f"KV in {dtype} cannot serve a model that computes in {compute_dtype}")
+        self.compute_dtype = compute_dtype or dtype
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_layers = num_layers
@@ -41,12 +52,17 @@ class PageMajorKVPool:
             dtype=dtype,
             device=device,
         )
-        self._rows = self.data.view(-1, num_kv_heads * head_dim)
-        self._blocks = self.data.view(-1, page_size * num_kv_heads * head_dim)
+        moved = self.data.view(_BYTES) if self.is_fp8 else self.data
+        self._rows = moved.view(-1, num_kv_heads * head_dim)
+        self._blocks = moved.view(-1, page_size * num_kv_heads * head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.data.dtype is torch.float8_e4m3fn
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +96,8 @@ class PageMajorKVPool:
         """`write` with `rows(loc)` computed before."""
         width = self.num_kv_heads * self.head_dim
         first = 2 * layer * self.page_size
+        if self.is_fp8:
+            k, v = to_fp8(k).view(_BYTES), to_fp8(v).view(_BYTES)
         self._rows[first:].index_copy_(0, rows, k.reshape(-1, width))
         self._rows[first + self.page_size :].index_copy_(0, rows, v.reshape(-1, width))
 
@@ -91,8 +109,17 @@ class PageMajorKVPool:
 
     def read_blocks(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values [n, p * page_size, kv_heads, head_dim] of one layer, for
-        `blocks` = block_indices(pages) with pages [n, p]."""
+        `blocks` = block_indices(pages) with pages [n, p], in `compute_dtype`."""
         count = blocks.shape[1]
         gathered = self._blocks[2 * layer :].index_select(0, blocks.view(-1))
+        if self.is_fp8:
+            gathered = gathered.view(torch.float8_e4m3fn).to(self.compute_dtype)
         k, v = gathered.view(2, count, -1, self.num_kv_heads, self.head_dim)
         return k, v
+
+
+def to_fp8(values: torch.Tensor) -> torch.Tensor:
+    """Nearest float8_e4m3fn, the largest where that is exceeded: a plain conversion gives NaN
+    there."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return values.clamp(-largest, largest).to(torch.float8_e4m3fn)

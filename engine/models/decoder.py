@@ -8,6 +8,7 @@ from torch.nn import functional
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.fused_ops import FUSED_DTYPES, FusedOps, flashinfer_installed
+from engine.models.invariant_ops import InvariantOps, check_products
 from engine.models.loading import fill_random, load_safetensors, weight_files
 from engine.models.ops import Ops, TorchOps
 from engine.models.rope import cos_sin_table
@@ -171,11 +172,14 @@ def load_decoder(
     dtype: torch.dtype,
     load_format: Literal["auto", "dummy"] = "auto",
     group: TensorGroup = ALONE,
+    deterministic: bool = False,
 ) -> Decoder:
     """A decoder with its weights in place: this rank's part of `config`'s.
 
-    `dummy` draws random weights and reads none. Raises InvalidModelError for broken weights (see
-    load_safetensors), ConfigError where the model cannot be split among so many ranks.
+    `dummy` draws random weights and reads none. `deterministic`, on a GPU with FlashInfer: what is
+    computed for a token does not depend on what is computed beside it. Raises InvalidModelError for
+    broken weights (see load_safetensors), ConfigError where the model cannot be split among so many
+    ranks.
     """
     shards = Shards(model=config, rank=group.rank, size=group.size)
     if load_format == "auto":
@@ -194,4 +198,9 @@ def load_decoder(
         weights.drop_summed_biases()
     table = cos_sin_table(config.rope, config.head_dim, config.context_length, device)
     fused = device.type == "cuda" and dtype in FUSED_DTYPES and flashinfer_installed()
-    return Decoder(local, weights, FusedOps(table) if fused else TorchOps(table), group=group)
+    ops: Ops = TorchOps(table)
+    if fused:
+        ops = InvariantOps(table) if deterministic else FusedOps(table)
+    if isinstance(ops, InvariantOps):
+        check_products(weights.layers[0].o)
+    return Decoder(local, weights, ops, group=group)

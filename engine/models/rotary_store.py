@@ -51,6 +51,7 @@ def rotate_and_store(
         kv_pool.page_size,
         num_heads,
         kv_pool.num_kv_heads,
+        FP8=kv_pool.is_fp8,
         HALF=head_dim // 2,
         HEADS=_HEADS_A_PROGRAM,
         num_warps=2,

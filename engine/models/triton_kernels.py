@@ -15,6 +15,7 @@ def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     page_size,
     num_heads,
     num_kv_heads,
+    FP8: tl.constexpr,  # noqa: N803
     HALF: tl.constexpr,  # noqa: N803
     HEADS: tl.constexpr,  # noqa: N803
 ):
@@ -43,6 +44,9 @@ def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     kv_head = head - num_heads - tl.where(is_value, num_kv_heads, 0)
     target = pool + (row * num_kv_heads + kv_head) * (2 * HALF) + lane
     kept = exists & (head >= num_heads)
+    if FP8:
+        low = tl.clamp(low.to(tl.float32), -448.0, 448.0).to(tl.float8e4nv)
+        high = tl.clamp(high.to(tl.float32), -448.0, 448.0).to(tl.float8e4nv)
     tl.store(target, low, mask=kept)
     tl.store(target + HALF, high, mask=kept)
 
