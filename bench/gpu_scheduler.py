@@ -6,7 +6,8 @@ milliseconds go, and how long does the mixed workload take?
 
 1. Decode at a context of 1,024 with overlap off and on: time between steps, and, from a profiler's
    trace, the share of it in which the GPU does nothing, with the kernels that take the rest.
-2. 512 requests of the mixed workload, all waiting from the start (offline).
+2. Prefill (`--prefill`): tokens per second in chunks of 8,192.
+3. 512 requests of the mixed workload, all waiting from the start (offline).
 """
 
 import argparse
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.gpu_engine_check import LLAMA_8B, TINY
+from bench.gpu_engine_check import LLAMA_8B, TINY, prefill_rate
+from bench.idle_figure import Trace, draw
 from bench.workloads import mix
 from engine.execution.device import resolve_device, resolve_dtype
 from engine.execution.model_runner import ModelRunner, load_model_runner
@@ -139,6 +141,8 @@ def idle_share(profile: Any) -> dict[str, Any]:
         "idle_between_steps": between / whole,
         "kernels_a_step": len(spans) / PROFILED_STEPS,
         "busy_us_a_step": covered / PROFILED_STEPS,
+        "step_us": whole / PROFILED_STEPS,
+        "spans": spans[: 5 * len(spans) // PROFILED_STEPS],
         "kernels": [
             (round(us / PROFILED_STEPS, 1), round(count[name] / PROFILED_STEPS, 1), name[:90])
             for name, us in top[:16]
@@ -199,6 +203,7 @@ def show_decode(
     context: int,
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    traces: list[Trace] = []
     print(f"\n1. decode, context {context}")
     print("   batch  overlap  ITL ms  p90 ms  GPU idle  between steps  kernels  busy us")
     listed = {int(batch) for batch in arguments.kernels.split(",") if batch}
@@ -206,6 +211,10 @@ def show_decode(
         for mode in arguments.overlap.split(","):
             got = decode(runner, page_size, batch, context, mode == "on")
             figures[f"decode_{batch}_{mode}"] = got
+            spans = got.pop("spans", None)
+            if spans and mode == "on":
+                shares = got["gpu_idle"], got["idle_between_steps"]
+                traces.append(Trace(batch, spans, got["step_us"], *shares))
             idle, pauses = got.get("gpu_idle", math.nan), got.get("idle_between_steps", math.nan)
             kernels, busy = got.get("kernels_a_step", math.nan), got.get("busy_us_a_step", math.nan)
             print(
@@ -216,15 +225,31 @@ def show_decode(
             if batch in listed and mode == "on":
                 for us, calls, kernel in got.get("kernels", []):
                     print(f"            {us:8.1f} us  {calls:6.1f} x  {kernel}")
+    if arguments.figure and traces:
+        shown = [trace for trace in traces if trace.batch in (1, 64, 256)] or traces
+        draw(shown, arguments.figure, "Decode steps on the GPU, overlap on, context 1,024")
     return figures
 
 
-def show_offline(runner: ModelRunner, tiny: bool, page_size: int, rows: int) -> dict[str, Any]:
+def show_prefill(runner: ModelRunner, tiny: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    print("\n2. prefill in chunks of 8,192")
+    for count, length in ((2, 128), (4, 64)) if tiny else ((16, 4096), (64, 1024)):
+        with torch.no_grad():
+            rate = prefill_rate(runner, count, length, 8192)
+        figures[f"prefill_{count}x{length}"] = rate
+        print(f"   {count:3} x {length:5}: {rate:9.0f} tok/s", flush=True)
+    return figures
+
+
+def show_offline(
+    runner: ModelRunner, tiny: bool, page_size: int, rows: int, mixes: tuple[bool, ...]
+) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     requests, scale = (24, 0.05) if tiny else (512, 1.0)
-    print(f"\n2. {requests} requests of the mixed workload, offline, at most {rows} at once")
+    print(f"\n3. {requests} requests of the mixed workload, offline, at most {rows} at once")
     print("   mixed chunk  seconds  tokens out  steps  retractions")
-    for mixed in (False, True):
+    for mixed in mixes:
         got = offline(runner, page_size, requests, rows, scale, True, mixed)
         figures[f"offline_{'mixed' if mixed else 'plain'}"] = got
         print(
@@ -245,15 +270,24 @@ def main() -> int:
     parser.add_argument("--no-offline", action="store_true")
     parser.add_argument("--kernels", default="1,64", help="batches whose kernels are listed")
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8_e4m3"), default="auto")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument(
+        "--no-mixed", action="store_true", help="offline: without mixed chunks only"
+    )
+    parser.add_argument("--prefill", action="store_true", help="also 16 x 4,096 and 64 x 1,024")
+    parser.add_argument("--figure", type=Path, help="SVG of the GPU's idle time, with a trace")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     dtype = resolve_dtype("auto", device)
     model = TINY.model if arguments.tiny else LLAMA_8B
     page_size = 16 if arguments.tiny else arguments.page_size
-    batches = [1, 4] if arguments.tiny else [int(b) for b in arguments.batches.split(",")]
+    batches = [1, 4] if arguments.tiny else [int(b) for b in arguments.batches.split(",") if b]
     context = 64 if arguments.tiny else 1024
-    rows = max(batches) if arguments.tiny else max(arguments.rows, *batches)
+    rows = max(batches) if arguments.tiny else max([arguments.rows, *batches])
+    begin = time.perf_counter()
     runner = load_model_runner(
         model,
         model_path="",
@@ -262,14 +296,22 @@ def main() -> int:
         page_size=page_size,
         max_total_tokens=8192 if arguments.tiny else 690_000,
         load_format="dummy",
-        graphs_up_to=rows,
+        graphs_up_to=0 if arguments.no_graphs else rows,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        deterministic=arguments.deterministic,
+        progress=lambda line: print(f"   {line}", file=sys.stderr),
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {dtype}, attention {runner.attention.name}")
     figures: dict[str, Any] = {}
-    figures |= show_decode(runner, arguments, page_size, batches, context)
+    print(f"start: {time.perf_counter() - begin:.1f} s, {runner.kv_pool.num_pages} pages")
+    if batches:
+        figures |= show_decode(runner, arguments, page_size, batches, context)
+    if arguments.prefill:
+        figures |= show_prefill(runner, arguments.tiny)
     if not arguments.no_offline:
-        figures |= show_offline(runner, arguments.tiny, page_size, rows)
+        mixes = (False,) if arguments.no_mixed else (False, True)
+        figures |= show_offline(runner, arguments.tiny, page_size, rows, mixes)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

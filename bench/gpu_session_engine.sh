@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The engine's tests and figures in one call on a machine with a Hopper GPU, the most telling first,
+# each under its own time limit, so that one that fails or hangs does not stop the rest; a table last.
+#   SITE=.carry/site.txz   packages that the machine lacks (or wheels in .whl/)
+#   .carry/gpu/jit.tgz     kernels built by an earlier call, which leaves them in $OUT
+#   STEPS="tests decode ..."  some of the steps only
+# Results go to $OUT (default: bench/out). Building kernels takes 100 s of 16 cores the first time.
+set -u
+cd "$(dirname "$0")/.."
+export OUT=${OUT:-bench/out} PYTHONUNBUFFERED=1 FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_LOGGING_LEVEL=error
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+mkdir -p "$OUT"
+if [ ! -d /tmp/site ]; then
+  if compgen -G '.whl/*.whl' >/dev/null; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
+  elif [ -f "${SITE:-.carry/site.txz}" ]; then
+    mkdir -p /tmp/site && tar xJf "${SITE:-.carry/site.txz}" -C /tmp/site
+  fi
+fi
+[ -d /tmp/site ] && export PYTHONPATH=$PYTHONPATH:/tmp/site
+if [ -f .carry/gpu/jit.tgz ]; then # sources must look older than what was built of them
+  mkdir -p ~/.cache && tar xzf .carry/gpu/jit.tgz -C ~/.cache
+  [ -d /tmp/site ] && find /tmp/site -exec touch -h -d 2020-01-01 {} +
+fi
+table=$OUT/table.txt
+: >"$table"
+step() { # name, seconds, lines of the table, command...
+  local name=$1 limit=$2 lines=$3 begin=$SECONDS; shift 3
+  timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1; local status=$?
+  { echo "== $name: status $status, $((SECONDS - begin)) s"
+    grep -vE 'Warning|warn|^$' "$OUT/$name.log" | tail -n "$lines" | cut -c1-170; } | tee -a "$table"
+}
+T=tests/engine/execution
+PYTEST="python3 -m pytest -p no:cacheprovider -q -m gpu --timeout 100 -rfE"
+for want in ${STEPS:-kernels deterministic decode accuracy prefill fp8 cost tests tiny_kernels}; do
+  case $want in
+  kernels) step kernels 200 3 python3 bench/gpu_kernels.py ;;
+  deterministic) step deterministic 75 14 $PYTEST $T/test_gpu_deterministic.py ;;
+  decode) step decode 90 46 python3 bench/gpu_scheduler.py --overlap on --prefill --no-mixed --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
+  accuracy) step accuracy 60 14 $PYTEST -s $T/test_gpu_accuracy.py ;;
+  fp8) step fp8 40 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels "" --no-offline --kv-cache-dtype fp8_e4m3 --json "$OUT/fp8.json" ;;
+  cost) step cost 50 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 64 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
+  tests) step tests 90 14 $PYTEST tests/engine tests/kvtransfer --deselect $T/test_gpu_deterministic.py --deselect $T/test_gpu_accuracy.py ;;
+  esac
+done
+tar czf "$OUT/jit.tgz" -C "$HOME/.cache" --exclude='*.o' --exclude='*.d' flashinfer 2>/dev/null
+nvidia-smi --query-gpu=name,memory.used --format=csv,noheader | tee -a "$table"
+echo "==== all ===="
+cat "$table"
