@@ -262,6 +262,11 @@ def _check_parallel(config: WorkerConfig) -> None:
             "host_cache_tokens keeps pages of one device in host memory; with "
             f"tensor_parallel_size {config.tensor_parallel_size} set it to 0"
         )
+    if config.deterministic:
+        raise ConfigError(
+            "deterministic and tensor_parallel_size above 1 exclude one another: the library that "
+            "adds up the ranks' parts chooses its order by the number of tokens"
+        )
 
 
 def _devices(config: WorkerConfig, first: torch.device) -> str:
