@@ -40,10 +40,10 @@ def test_flashinfer_is_refused_for_what_its_kernels_lack(
     runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = runner("llama-gqa")
-    pool = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    pool = SimpleNamespace(device=torch.device("cuda", 0), compute_dtype=torch.float32)
 
     def obstacle(dtype: torch.dtype) -> str:
-        pool.dtype = dtype
+        pool.compute_dtype = dtype
         return attention_module.flashinfer_obstacle(model.model_config, pool)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attention_module, "flashinfer_installed", lambda: False)
@@ -153,20 +153,27 @@ class FakeGraphDecode(FakeDecode):
     def __init__(
         self,
         workspace: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
         kv_layout: str,
-        use_tensor_cores: bool,
+        *,
+        paged_kv_indptr_buffer: torch.Tensor,
+        paged_kv_indices_buffer: torch.Tensor,
+        paged_kv_last_page_len_buffer: torch.Tensor,
+        **settings: Any,
     ) -> None:
         super().__init__(workspace, kv_layout)
-        assert indptr.shape[0] == last_page_len.shape[0] + 1
-        self._limits = (last_page_len.shape[0], indices.shape[0])
+        rows = paged_kv_last_page_len_buffer.shape[0]
+        assert paged_kv_indptr_buffer.shape[0] == rows + 1
+        self._limits = (rows, paged_kv_indices_buffer.shape[0])
 
     def _plan(self, qo: list[int], indptr: Any, indices: Any, last: Any, page_size: int) -> None:
         assert len(last) == self._limits[0]
         assert len(indices) <= self._limits[1]
         super()._plan(qo, indptr, indices, last, page_size)
+
+
+def fake_decode(*arguments: Any, use_cuda_graph: bool = False, **settings: Any) -> FakeDecode:
+    kind = FakeGraphDecode if use_cuda_graph else FakeDecode
+    return kind(*arguments, **settings)
 
 
 def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch.Tensor]:
@@ -179,12 +186,10 @@ def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch
 def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     library = SimpleNamespace(
         BatchPrefillWithPagedKVCacheWrapper=FakePrefill,
-        BatchDecodeWithPagedKVCacheWrapper=FakeDecode,
-        CUDAGraphBatchDecodeWithPagedKVCacheWrapper=FakeGraphDecode,
+        BatchDecodeWithPagedKVCacheWrapper=fake_decode,
     )
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     monkeypatch.setattr(flashinfer_attention, "flashinfer_library", lambda: library)
-    monkeypatch.setattr(decode_graphs, "flashinfer_library", lambda: library)
     monkeypatch.setattr(decode_graphs, "capture", run_again)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(flashinfer_attention, "_WORKSPACE_BYTES", 64)
