@@ -2,7 +2,7 @@
 # The engine's tests and figures in one call on a machine with a Hopper GPU, the most telling first,
 # each under its own time limit, so that one that fails or hangs does not stop the rest; a table last.
 #   SITE=.carry/site.txz   packages that the machine lacks (or wheels in .whl/)
-#   .carry/gpu/jit.tgz     kernels built by an earlier call, which leaves them in $OUT
+#   JIT=.carry/gpu/jit.tgz kernels built by an earlier call, which leaves them in $OUT
 #   STEPS="tests decode ..."  some of the steps only
 # Results go to $OUT (default: bench/out). Building kernels takes 100 s of 16 cores the first time.
 set -u
@@ -18,9 +18,11 @@ if [ ! -d /tmp/site ]; then
   fi
 fi
 [ -d /tmp/site ] && export PYTHONPATH=$PYTHONPATH:/tmp/site
-if [ -f .carry/gpu/jit.tgz ]; then # sources must look older than what was built of them
-  mkdir -p ~/.cache && tar xzf .carry/gpu/jit.tgz -C ~/.cache
-  [ -d /tmp/site ] && find /tmp/site -exec touch -h -d 2020-01-01 {} +
+jit=${JIT:-.carry/gpu/jit.tgz}
+if [ -f "$jit" ]; then # where FlashInfer looks for modules that were built elsewhere
+  aot=$(python3 -c 'from importlib.util import find_spec as f; print(f("flashinfer").submodule_search_locations[0])')/data/aot
+  mkdir -p /tmp/jit && tar xzf "$jit" -C /tmp/jit
+  for so in $(find /tmp/jit -name '*.so'); do name=$(basename "$so" .so); mkdir -p "$aot/$name" && cp "$so" "$aot/$name/"; done
 fi
 table=$OUT/table.txt
 : >"$table"
@@ -28,22 +30,22 @@ step() { # name, seconds, lines of the table, command...
   local name=$1 limit=$2 lines=$3 begin=$SECONDS; shift 3
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1; local status=$?
   { echo "== $name: status $status, $((SECONDS - begin)) s"
-    grep -vE 'Warning|warn|^$' "$OUT/$name.log" | tail -n "$lines" | cut -c1-170; } | tee -a "$table"
+    grep -vE 'Warning|warn|^$' "$OUT/$name.log" | grep -v "capturing decode" | tail -n "$lines" | cut -c1-170; } | tee -a "$table"
 }
 T=tests/engine/execution
 PYTEST="python3 -m pytest -p no:cacheprovider -q -m gpu --timeout 100 -rfE"
-for want in ${STEPS:-kernels deterministic decode accuracy prefill fp8 cost tests tiny_kernels}; do
+for want in ${STEPS:-kernels deterministic decode accuracy fp8 cost tests}; do
   case $want in
-  kernels) step kernels 200 3 python3 bench/gpu_kernels.py ;;
-  deterministic) step deterministic 75 14 $PYTEST $T/test_gpu_deterministic.py ;;
-  decode) step decode 90 46 python3 bench/gpu_scheduler.py --overlap on --prefill --no-mixed --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
-  accuracy) step accuracy 60 14 $PYTEST -s $T/test_gpu_accuracy.py ;;
+  kernels) [ -f "$jit" ] || step kernels 200 3 python3 bench/gpu_kernels.py ;;
+  deterministic) step deterministic 110 14 $PYTEST $T/test_gpu_deterministic.py ;;
+  decode) step decode 110 46 python3 bench/gpu_scheduler.py --overlap on --prefill --no-mixed --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
+  accuracy) step accuracy 70 14 $PYTEST -s $T/test_gpu_accuracy.py ;;
   fp8) step fp8 40 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels "" --no-offline --kv-cache-dtype fp8_e4m3 --json "$OUT/fp8.json" ;;
   cost) step cost 50 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 64 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
   tests) step tests 90 14 $PYTEST tests/engine tests/kvtransfer --deselect $T/test_gpu_deterministic.py --deselect $T/test_gpu_accuracy.py ;;
   esac
 done
-tar czf "$OUT/jit.tgz" -C "$HOME/.cache" --exclude='*.o' --exclude='*.d' flashinfer 2>/dev/null
+[ -f "$jit" ] || tar czf "$OUT/jit.tgz" -C "$HOME/.cache" --exclude='*.o' --exclude='*.d' flashinfer 2>/dev/null
 nvidia-smi --query-gpu=name,memory.used --format=csv,noheader | tee -a "$table"
 echo "==== all ===="
 cat "$table"

@@ -7,8 +7,8 @@ minutes of all cores; Triton compiles ours in seconds. Both look into their cach
 
 import importlib
 import os
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from engine.model_config import ModelConfig
 from engine.models.fused_ops import flashinfer_library
 
 _POLL_S = 0.5
+
+_AT_ONCE = 3
+"""Modules built at a time, each by as many compilers as there are cores: the last file of one takes
+a minute, and others use the cores meanwhile."""
 
 
 def use_kernel_cache(directory: str) -> None:
@@ -53,33 +57,27 @@ def build_all(
 ) -> int:
     """As `build_kernels` for several (dtype, head_dim, KV in float8) together; how many modules
     were built."""
-    specs = [spec for spec in _specs(shapes, device) if not spec.is_compiled]
-    if not specs:
-        return 0
-    sources = sum(len(spec.sources) for spec in specs)
-    failed: list[Exception] = []
-
-    def build() -> None:
-        try:
-            importlib.import_module("flashinfer.jit.core").build_jit_specs(specs, verbose=False)
-        except Exception as error:
-            failed.append(error)
-
-    builder = threading.Thread(target=build, name="kernel-builder", daemon=True)
-    builder.start()
-    shown = -1
-    while builder.is_alive():
-        built = _objects(specs)
-        if built != shown:
-            progress(progress_bar("building kernels", min(built, sources), sources))
-            shown = built
-        builder.join(_POLL_S)
-    if failed:
-        raise ConfigError(
-            f"FlashInfer's kernels cannot be built: {_last_words(failed[0])}; is nvcc there "
-            "(CUDA_HOME), and can the kernel cache be written (--kernel-cache)?"
-        ) from failed[0]
-    return len(specs)
+    specs = [spec for spec in _specs(shapes, device) if not spec.is_aot]
+    missing = [spec for spec in specs if not spec.is_compiled]
+    sources = sum(len(spec.sources) for spec in missing)
+    # What is there is asked, too: its sources may have changed, and then it would be built in the
+    # middle of the first step. One by one in its own directory, since ninja keeps its books there.
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="kernel-builder") as builders:
+        building = [builders.submit(spec.build, verbose=False) for spec in specs]
+        shown = -1
+        while wait(building, timeout=_POLL_S).not_done:
+            built = _objects(missing)
+            if missing and built != shown:
+                progress(progress_bar("building kernels", min(built, sources), sources))
+                shown = built
+    for build in building:
+        error = build.exception()
+        if error is not None:
+            raise ConfigError(
+                f"FlashInfer's kernels cannot be built: {_last_words(error)}; is nvcc there "
+                "(CUDA_HOME), and can the kernel cache be written (--kernel-cache)?"
+            ) from error
+    return len(missing)
 
 
 def _specs(shapes: Sequence[tuple[torch.dtype, int, bool]], device: torch.device) -> list[Any]:
@@ -106,7 +104,7 @@ def _objects(specs: Sequence[Any]) -> int:
     return sum(len(list(Path(spec.build_dir).rglob("*.o"))) for spec in specs)
 
 
-def _last_words(error: Exception) -> str:
+def _last_words(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()]
     return (telling or lines or [repr(error)])[-1][:300]

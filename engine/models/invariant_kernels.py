@@ -10,7 +10,8 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Not specialised for one row: that would be another kernel than the one for many.
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def matmul_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
