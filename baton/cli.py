@@ -98,6 +98,13 @@ def _unified(given: dict[str, Scalar]) -> int:
     return run(config)
 
 
+def _warmup(given: dict[str, Scalar]) -> int:
+    config = _worker_config(given)
+    from worker.warmup import run
+
+    return run(config)
+
+
 def _worker_config(given: dict[str, Scalar]) -> WorkerConfig:
     config = fill(WorkerConfig, given)
     if importlib.util.find_spec("torch") is None:
@@ -186,6 +193,15 @@ cli.add_command(
         WorkerConfig,
         help="Runs a unified worker. It computes prompts and generates, with no KV to move: what "
         "a machine with one GPU needs.",
+    )
+)
+cli.add_command(
+    settings_command(
+        "warmup",
+        _warmup,
+        WorkerConfig,
+        help="Builds the kernels that a worker of these settings needs, into --kernel-cache, and "
+        "ends. For images and volumes, so that workers start without building.",
     )
 )
 cli.add_command(

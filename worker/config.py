@@ -104,6 +104,11 @@ class WorkerConfig(TlsSettings):
     """Largest decode batch that is captured as a CUDA graph at start, max_running_requests at most;
     larger ones, and all where this is 0 or the device is a CPU, run eagerly. Requests."""
 
+    kernel_cache: str = ""
+    """Directory in which kernels that are built on this machine are kept, for images and volumes to
+    carry (`baton warmup` fills it). Empty: FlashInfer's and Triton's own, in the home directory.
+    Without effect on a CPU."""
+
     kv_cache_dtype: KvCacheDtype = "auto"
     """What KV is stored and moved as: auto as the model computes, fp8_e4m3 in half the bytes (or a
     quarter of float32's), at some loss of accuracy. Workers that hand over must agree."""

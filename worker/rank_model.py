@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.execution.device import kv_storage_dtype, resolve_device, resolve_dtype
+from engine.execution.kernel_cache import use_kernel_cache
 from engine.execution.model_runner import ModelRunner, load_model_runner
 from engine.model_config import ModelConfig
 from engine.parallel.group import TensorGroup
@@ -71,6 +72,7 @@ def load_rank_model(
 ) -> RankModel:
     """Loads the weights and takes the KV pool; all ranks together. `progress` is told what takes
     its time. Raises EngineError, worded for the operator."""
+    use_kernel_cache(config.kernel_cache)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.threads:
@@ -88,21 +90,28 @@ def load_rank_model(
     )
     graphs = min(config.cuda_graph_max_batch, config.max_running_requests)
     window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
-    runner = load_model_runner(
-        checkpoint,
-        model_path=str(directory),
-        device=device,
-        dtype=dtype,
-        page_size=config.page_size,
-        max_total_tokens=config.max_total_tokens,
-        mem_fraction=config.mem_fraction,
-        reserved_bytes=window_bytes if traffic is KvTraffic.RECEIVES else 0,
-        load_format=config.load_format,
-        max_context_length=config.max_context_length,
-        graphs_up_to=0 if traffic is KvTraffic.SENDS else graphs,
-        group=group,
-        kv_cache_dtype=config.kv_cache_dtype,
-        deterministic=config.deterministic,
-        progress=progress,
-    )
+    try:
+        runner = load_model_runner(
+            checkpoint,
+            model_path=str(directory),
+            device=device,
+            dtype=dtype,
+            page_size=config.page_size,
+            max_total_tokens=config.max_total_tokens,
+            mem_fraction=config.mem_fraction,
+            reserved_bytes=window_bytes if traffic is KvTraffic.RECEIVES else 0,
+            load_format=config.load_format,
+            max_context_length=config.max_context_length,
+            graphs_up_to=0 if traffic is KvTraffic.SENDS else graphs,
+            group=group,
+            kv_cache_dtype=config.kv_cache_dtype,
+            deterministic=config.deterministic,
+            progress=progress,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{device} ran out of memory while the model was loaded and its decode steps captured: "
+            "lower --mem-fraction (or --max-total-tokens), --cuda-graph-max-batch or "
+            f"--max-running-requests, or free the GPU ({str(error).splitlines()[0]})"
+        ) from error
     return RankModel(checkpoint=checkpoint, runner=runner, layout=layout, dtype=dtype)
