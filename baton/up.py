@@ -324,4 +324,6 @@ def _say(text: str) -> None:
 
 
 def _log_line(name: str, line: str) -> None:
-    print(f"[{name}] {line}", file=sys.stderr, flush=True)
+    # A JSON line says itself whose it is, and is to stay one.
+    shown = line if line.startswith("{") else f"[{name}] {line}"
+    print(shown, file=sys.stderr, flush=True)

@@ -247,6 +247,8 @@ class DecodeRole(EngineRole):
         self._landings[head.rid] = Landing(
             req, prefix, pages, chain, len(expected), transport=ticket.transport
         )
+        self.scheduler.prefix_query_tokens += req.seqlen
+        self.scheduler.prefix_hit_tokens += prefix_len
         request_id, attempt = split_rid(head.rid)
         reserved = worker_pb2.Reserved(
             request_id=request_id,
@@ -387,6 +389,18 @@ class DecodeRole(EngineRole):
             kv_bytes=len(landing.accepted) * landing.writer.page_bytes,
             transport=landing.transport,
         )
+
+    def queues(self) -> dict[str, int]:
+        """reserve: waits for memory; transfer: its KV is on the way; prebuilt: it is here and joins
+        the batch; retracted: it was sent back to be computed again."""
+        lengths = self.scheduler.queue_lengths()
+        return {
+            "reserve": len(self._waiting),
+            "transfer": len(self._landings),
+            "prebuilt": lengths["prebuilt"],
+            "running": lengths["running"],
+            "retracted": lengths["waiting"],
+        }
 
     def status(self) -> worker_pb2.WorkerStatus:
         status = super().status()

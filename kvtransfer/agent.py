@@ -34,6 +34,7 @@ from kvtransfer.quarantine import Quarantine
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.states import TransferFailure
+from kvtransfer.tally import TransferTally, TransportTally
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transfer_thread import TransferThread
 from kvtransfer.transport import Transport
@@ -62,6 +63,8 @@ class TransferStats:
     peers: int
     handles: int
     """What the transports have open at their libraries."""
+    by_transport: Mapping[str, TransportTally]
+    """Bytes, durations and failures since the start."""
 
 
 class TransferAgent:
@@ -150,6 +153,7 @@ class TransferAgent:
             device=memory.device if memory is not None else None,
         )
         self._failures: Counter[str] = Counter()
+        self._tally = TransferTally(page_bytes=layout.page_bytes, clock=clock)
         self._held: dict[str, list[int]] = {}
         self._receiving: dict[str, int] = {}
         """Request -> ticket of incoming transfers, as the role knows them."""
@@ -205,6 +209,7 @@ class TransferAgent:
         if ticket.request_id in self._held:
             raise DuplicateTransferError(f"request {ticket.request_id} is being sent already")
         self._held[ticket.request_id] = []
+        self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
 
     def push(self, request_id: str, pages: Sequence[SourcePage]) -> None:
@@ -215,6 +220,7 @@ class TransferAgent:
         if held is None:
             return
         self._hold(held, [page.page for page in pages])
+        self._tally.moved(request_id, len(pages))
         copy = list(pages)
         self.thread.do(lambda: self.thread.sender.push(request_id, copy))
 
@@ -277,6 +283,7 @@ class TransferAgent:
             chain_hashes=chain_hashes,
         )
         self._receiving[request_id] = ticket.ticket_id
+        self._tally.begin(request_id, ticket.transport)
         self.thread.wake()
         return ticket
 
@@ -284,6 +291,7 @@ class TransferAgent:
         """Landed pages were copied, verified and published."""
         ticket_id = self._receiving.get(request_id)
         if ticket_id is not None:
+            self._tally.moved(request_id, len(positions))
             copy = list(positions)
             self.thread.do(lambda: self._receiver.accept(ticket_id, copy))
 
@@ -292,6 +300,7 @@ class TransferAgent:
         ticket_id = self._receiving.pop(request_id, None)
         if ticket_id is not None:
             self._failures[TransferFailure.MISMATCH.name.lower()] += 1
+            self._tally.fail(request_id, TransferFailure.MISMATCH)
             self.thread.do(lambda: self._receiver.reject(ticket_id, detail))
 
     def release(
@@ -303,6 +312,7 @@ class TransferAgent:
         """Withdraws an incoming transfer; no event follows."""
         ticket_id = self._receiving.pop(request_id, None)
         if ticket_id is not None:
+            self._tally.fail(request_id, failure)
             self.thread.do(lambda: self._receiver.release(ticket_id, failure, detail))
 
     # ---- events and figures ---------------------------------------------------------------------
@@ -322,6 +332,7 @@ class TransferAgent:
         match event:
             case SourceReleased():
                 self._held.pop(event.request_id, None)
+                self._tally.complete(event.request_id)
             case TransferFailedEvent():
                 received = self._receiving.get(event.request_id) == event.ticket_id
                 if received:
@@ -330,6 +341,7 @@ class TransferAgent:
                     return False
                 elif event.quiesced:
                     del self._held[event.request_id]
+                self._tally.fail(event.request_id, event.failure)
                 if event.quiesced:
                     self._failures[event.failure.name.lower()] += 1
             case PagesLanded() | WriterFinished():
@@ -338,6 +350,7 @@ class TransferAgent:
                 if self._receiving.get(event.request_id) != event.ticket_id:
                     return False
                 del self._receiving[event.request_id]
+                self._tally.complete(event.request_id)
         return True
 
     def stats(self) -> TransferStats:
@@ -356,6 +369,7 @@ class TransferAgent:
             held_source_pages=len({p for pages in list(self._held.values()) for p in pages}),
             peers=len(self.thread.links.peers()),
             handles=sum(transport.handles() for transport in self._transports.values()),
+            by_transport=self._tally.by_transport,
         )
 
     def _emit(self, event: KvEvent) -> None:

@@ -325,6 +325,17 @@ class PrefillRole(EngineRole):
             cached_tokens=req.cached_tokens,
         )
 
+    def queues(self) -> dict[str, int]:
+        """ticket: waits for decode's promise; waiting: has it; running: is computed; inflight: is
+        computed, and its last pages leave."""
+        lengths = self.scheduler.queue_lengths()
+        return {
+            "ticket": len(self._without_ticket),
+            "waiting": lengths["waiting"],
+            "running": lengths["running"],
+            "inflight": lengths["transferring"],
+        }
+
     def status(self) -> worker_pb2.WorkerStatus:
         status = super().status()
         status.waiting += len(self._without_ticket)

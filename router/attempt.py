@@ -61,6 +61,7 @@ class Attempt:
                         sampling=request.sampling,
                         priority=request.priority,
                         cache_salt=request.cache_salt,
+                        traceparent=request.traceparent,
                         deadline_s=deadline_s,
                     )
                 )
@@ -81,6 +82,7 @@ class Attempt:
                         priority=request.priority,
                         max_wait_s=max_wait_s,
                         cache_salt=request.cache_salt,
+                        traceparent=request.traceparent,
                         deadline_s=deadline_s,
                     )
                 )
@@ -97,6 +99,7 @@ class Attempt:
                     sampling=request.sampling,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    traceparent=request.traceparent,
                     deadline_s=deadline_s,
                 )
             )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from observability.logs import LogFormat
 from protos.tls import NEEDS, TlsSettings, check_pairs
 
 
@@ -158,6 +159,17 @@ class RouterConfig(TlsSettings):
     drain_timeout_s: float = 30.0
     """Longest a stopping router waits for its running requests. Seconds."""
 
+    otlp_endpoint: str = ""
+    """OTLP collector that gets a trace of every request, over gRPC: http://host:4317, or https://
+    for TLS. Empty: no traces. Needs the extra `otel`."""
+
+    trace_sample_ratio: float = 1.0
+    """Share of requests that are traced, 0 to 1, of those whose client has not decided it (W3C
+    traceparent)."""
+
+    log_format: LogFormat = "text"
+    """text: lines for people; json: an object a line, with request ids and phases as fields."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""
 
@@ -171,6 +183,12 @@ class RouterConfig(TlsSettings):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
         check_pairs(self, TLS_NEEDS)
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise ValueError(
+                f"trace_sample_ratio must be between 0 and 1, not {self.trace_sample_ratio}"
+            )
+        if self.otlp_endpoint and urlsplit(self.otlp_endpoint).scheme not in ("http", "https"):
+            raise ValueError("otlp_endpoint must begin with http:// or, for TLS, https://")
         if self.max_replays < 0:
             raise ValueError(f"max_replays must not be negative, not {self.max_replays}")
         for name in POSITIVE:

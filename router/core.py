@@ -4,12 +4,17 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import secrets
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from observability.tracing import RequestTrace, Tracing
+from protos.baton.v1 import worker_pb2
 from protos.errors import BatonError, ErrorCode
+from router import traces
+from router.access_log import log_end
 from router.callers import ANYBODY, Caller, CallerLimitError, Callers, UnknownCallerError
 from router.config import RouterConfig
 from router.detokenizer import IncrementalDetokenizer
@@ -56,8 +61,8 @@ class Router:
         self.started_at = time.time()
         """Unix seconds."""
         self.fleet = Fleet(registry, config=config)
-        self.metrics = RouterMetrics(self.fleet)
         self.tokenizers = TokenizerSource(config.tokenizer)
+        self._tracing = _tracing(config, self.fleet.router_id)
         self.draining = False
         """Set when the router stops: what runs may finish, nothing new is taken."""
         self._policy = policy or LeastLoaded()
@@ -66,6 +71,7 @@ class Router:
         """By tenant and request id; None: it is being admitted."""
         self._aborted: set[LiveKey] = set()
         """Those aborted by their client while they were being admitted."""
+        self.metrics = RouterMetrics(self.fleet, self._live.values)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -89,9 +95,8 @@ class Router:
             BatonError: INVALID_ARGUMENT (bad input), NOT_FOUND (another model), ALREADY_EXISTS (the
                 id is live), RESOURCE_EXHAUSTED (too many requests), UNAVAILABLE (no workers).
         """
-        arrived_at = time.monotonic()
         try:
-            return await self._admit(spec, arrived_at)
+            return await self._admit(spec, spec.arrival.at)
         except BatonError as error:
             if isinstance(error, CallerLimitError):
                 self.metrics.refusals.limit(error.limit)
@@ -105,17 +110,18 @@ class Router:
         caller.enter()
         self._live[key] = None
         self._idle.clear()
-        self.metrics.in_flight = len(self._live)
         try:
             model = self.model(spec.model)
             ids, codec = await self._tokens(spec, model)
             check_prompt(ids, model=model)
             caller.use_tokens(len(ids))
+            sampling = resolve_sampling(spec, prompt_tokens=len(ids), model=model)
+            trace = self._begin_trace(spec, request_id, model, sampling)
             request = GenerationRequest(
                 request_id=request_id,
                 model=model.name,
                 prompt_ids=ids,
-                sampling=resolve_sampling(spec, prompt_tokens=len(ids), model=model),
+                sampling=sampling,
                 priority=check_priority(spec.priority),
                 cache_salt=caller.cache_salt(check_cache_salt(spec.cache_salt)),
                 caller=caller,
@@ -123,6 +129,7 @@ class Router:
                 deadline=arrived_at + self._timeout_s(spec),
                 stop=_stop(spec, codec),
                 skip_special_tokens=spec.skip_special_tokens is not False,
+                traceparent=trace.traceparent if trace else spec.arrival.traceparent,
             )
             journey = Journey(
                 request,
@@ -132,6 +139,7 @@ class Router:
                 detokenizer=_detokenizer(request, codec),
                 on_tokens=self.metrics.on_tokens,
                 on_close=self._closed,
+                trace=trace,
             )
         except BaseException:
             self._release(key, caller)
@@ -240,16 +248,36 @@ class Router:
         request = journey.request
         self._release((request.caller.tenant, request.request_id), request.caller)
         request.caller.use_tokens(journey.output_tokens)
-        self.metrics.on_close(journey, output_tokens=journey.output_tokens)
-        logger.info(
-            "request %s ended: %s, %d prompt and %d output tokens, %d replays",
-            journey.request.request_id,
-            journey.outcome,
-            len(journey.request.prompt_ids),
-            journey.output_tokens,
-            journey.replays,
-            extra={"request_id": journey.request.request_id, "outcome": journey.outcome},
+        self.metrics.on_close(journey)
+        log_end(journey)
+        if self._tracing is not None and journey.trace is not None:
+            # In the loop's next turn: the client's last message goes first.
+            asyncio.get_running_loop().call_soon(
+                traces.finish, self._tracing, journey, time.monotonic()
+            )
+
+    def _begin_trace(
+        self,
+        spec: RequestSpec,
+        request_id: str,
+        model: ModelFacts,
+        sampling: worker_pb2.ResolvedSampling,
+    ) -> RequestTrace | None:
+        if self._tracing is None:
+            return None
+        operation = spec.arrival.operation
+        return self._tracing.begin(
+            traces.name_of(operation, model.name),
+            spec.arrival.traceparent,
+            traces.at_start(operation, model.name, request_id, sampling),
+            started=spec.arrival.at,
         )
+
+    def unused_id(self, wanted: str, caller: Caller) -> str:
+        """The id, or one that begins with it where a request of the caller's has that name."""
+        if any((caller.tenant, name) in self._live for name in (wanted, f"{wanted}-0")):
+            return f"{wanted}.{secrets.token_hex(4)}"
+        return wanted
 
     def _release(self, key: LiveKey, caller: Caller) -> None:
         caller.leave()
@@ -257,11 +285,23 @@ class Router:
         self._aborted.discard(key)
         if not self._live:
             self._idle.set()
-        self.metrics.in_flight = len(self._live)
 
     async def close(self) -> None:
         await self.fleet.close()
         await self.tokenizers.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.stop)
+
+
+def _tracing(config: RouterConfig, router_id: str) -> Tracing | None:
+    if not config.otlp_endpoint:
+        return None
+    facts = {
+        "service.name": "baton-router",
+        "service.instance.id": router_id,
+        "service.version": version(),
+    }
+    return Tracing(endpoint=config.otlp_endpoint, ratio=config.trace_sample_ratio, facts=facts)
 
 
 def _stop(spec: RequestSpec, codec: TextCodec | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from observability.tracing import RequestTrace
 from protos.baton.v1 import inference_pb2, worker_pb2
 from protos.errors import BatonError, ErrorCode, code_from_name
 from router.attempt import Attempt
@@ -43,6 +44,7 @@ class Journey:
         detokenizer: IncrementalDetokenizer | None,
         on_tokens: Callable[[float, int], None],
         on_close: Callable[["Journey"], None],
+        trace: RequestTrace | None = None,
     ) -> None:
         """
         Args:
@@ -53,8 +55,10 @@ class Journey:
             detokenizer: makes the text; None: token ids only.
             on_tokens: told (seconds since the tokens before, number of tokens).
             on_close: told once, when the request is over, however it went.
+            trace: its span; None: it is not traced.
         """
         self.request = request
+        self.trace = trace
         self.times = RequestTimes(arrived_at=request.arrived_at)
         self.outcome = "client_gone"
         """How it went, for metrics: a finish reason, an error code, or client_gone."""
@@ -81,6 +85,7 @@ class Journey:
         """Workers at which this request failed: others are preferred."""
         self._event = asyncio.Event()
         self._closed = False
+        self._delivered = False
         self._timer = asyncio.get_running_loop().call_later(
             max(0.0, request.deadline - time.monotonic()), self._on_deadline
         )
@@ -148,6 +153,32 @@ class Journey:
     @property
     def output_tokens(self) -> int:
         return len(self._output.ids)
+
+    @property
+    def finished(self) -> bool:
+        """The client had all of it: `outcome` is a finish reason."""
+        return self._delivered
+
+    @property
+    def duration_s(self) -> float:
+        """Since its arrival, to its newest token; without one, until now."""
+        return (self.times.last_at or time.monotonic()) - self.times.arrived_at
+
+    @property
+    def prefill_worker(self) -> str:
+        """Of the last attempt; empty: there was none."""
+        return self.attempts[-1].pair.prefill.id if self.attempts else ""
+
+    @property
+    def decode_worker(self) -> str:
+        """Of the last attempt; empty where one token was asked for."""
+        decode = self.attempts[-1].pair.decode if self.attempts else None
+        return decode.id if decode is not None else ""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV the worker that gave the first token had cached."""
+        return self.times.first_attempt.prefill.cached_tokens
 
     @property
     def kv_bytes(self) -> int:
@@ -277,6 +308,7 @@ class Journey:
     def _clock(self, attempt: Attempt, before: float | None, ready: int) -> None:
         now = self._output.last_at or time.monotonic()
         times = self.times
+        times.last_at = now
         if times.first_at is None:
             times.first_at, times.first_attempt = now, attempt.times
         if times.second_at is None and len(self._output.ids) > 1:
@@ -288,28 +320,25 @@ class Journey:
     def _take(self) -> Delta | None:
         delta = self._output.take()
         if delta is not None and delta.last:
-            self.outcome = delta.finish_name
+            self.outcome, self._delivered = delta.finish_name, True
             delta.usage = inference_pb2.Usage(
                 prompt_tokens=len(self.request.prompt_ids),
                 completion_tokens=len(self._output.ids),
-                cached_tokens=self.times.first_attempt.prefill.cached_tokens,
+                cached_tokens=self.cached_tokens,
             )
             delta.report = self._report()
         return delta
 
     def _report(self) -> inference_pb2.Report:
-        report = inference_pb2.Report(
+        return inference_pb2.Report(
             transport=self.transport,
             kv_bytes=self.kv_bytes,
             phases=self.times.phases(),
             seed=self.request.sampling.seed,
             replays=self.replays,
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
         )
-        if self.attempts:
-            pair = self.attempts[-1].pair
-            report.prefill_worker = pair.prefill.id
-            report.decode_worker = pair.decode.id if pair.decode is not None else ""
-        return report
 
     # ---- errors ---------------------------------------------------------------------------------
 

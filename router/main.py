@@ -14,6 +14,7 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2
 
+from observability import logs
 from protos.errors import BatonError, ErrorCode
 from router import limits, service, tls
 from router.config import RouterConfig
@@ -187,9 +188,7 @@ async def serve(config: RouterConfig, *, ready: Callable[[Ports], None] | None =
 
 def run(config: RouterConfig, *, ready: Callable[[Ports], None] | None = None) -> None:
     """`serve` on a loop of its own: uvloop where it is installed."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    )
+    logs.configure(level=config.log_level, format=config.log_format, facts={"role": "router"})
     try:
         import uvloop
     except ImportError:

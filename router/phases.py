@@ -34,6 +34,8 @@ class RequestTimes:
     first_at: float | None = None
     """When token 0 was ready for the client. Seconds, monotonic."""
     second_at: float | None = None
+    last_at: float | None = None
+    """When the newest token was ready."""
     first_attempt: AttemptTimes = field(default_factory=AttemptTimes)
     """The attempt that gave token 0."""
     second_attempt: AttemptTimes | None = None

@@ -1,5 +1,6 @@
 """What a client asked for, checked, with every default resolved."""
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,21 @@ from router.fleet import ModelFacts
 MAX_REQUEST_ID_CHARACTERS = 256
 MAX_CACHE_SALT_CHARACTERS = 256
 MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """What a door knows of a request besides what it asks for."""
+
+    at: float = field(default_factory=time.monotonic)
+    """When all of it was here: time.monotonic() seconds. Its time to first token counts from
+    then."""
+    request_id: str = ""
+    """The client's name of it, where its protocol has a place for one beside the request."""
+    operation: str = "text_completion"
+    """As OpenTelemetry's GenAI conventions call it."""
+    traceparent: str = ""
+    """W3C trace context of the client, checked; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +70,7 @@ class RequestSpec:
     priority: int = 0
     timeout_s: float | None = None
     """The client's own deadline."""
+    arrival: Arrival = field(default_factory=Arrival)
     caller: Caller = ANYBODY
     """Whose request it is."""
 
@@ -78,6 +95,8 @@ class GenerationRequest:
     """Texts that end the output."""
     skip_special_tokens: bool = True
     """Special tokens have no text."""
+    traceparent: str = ""
+    """W3C trace context that workers are told; empty: none."""
 
     @property
     def max_tokens(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from observability import trace_context
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from protos.errors import BatonError, ErrorCode
 from protos.version import PROTOCOL_VERSION
@@ -15,7 +16,7 @@ from router.callers import Caller
 from router.core import Router, version
 from router.grammar import check_grammar
 from router.output import Delta
-from router.request import RequestSpec
+from router.request import Arrival, RequestSpec
 from router.stall import StallGuard
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ SERVICE_NAME = "baton.v1.Inference"
 NOT_AN_OPERATOR = "this API key may not see the workers; an operator's may (`operator: true`)"
 RETRY_AFTER_KEY = "retry-after"
 """Trailing metadata: seconds after which another try makes sense."""
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata of a call: the client's name of it, where `request_id` is empty."""
 PARAM_KEY = "baton-param"
 """Trailing metadata: the request's field at fault."""
 
@@ -50,9 +53,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await abort(context, BatonError(ErrorCode.INTERNAL, "an error inside the router"))
 
     async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        caller = self._caller(context)
-        spec = replace(spec_of(request, timeout_s=context.time_remaining()), caller=caller)
-        admitted = await self._router.admit(spec)
+        spec = spec_of(request, timeout_s=context.time_remaining(), arrival=arrival_of(context))
+        spec = replace(spec, caller=self._caller(context))
+        admitted = await self._router.admit(self._named(spec))
         with contextlib.closing(admitted.journey) as journey:
             request_id = journey.request.request_id
             try:
@@ -66,6 +69,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 raise BatonError(
                     ErrorCode.RESOURCE_EXHAUSTED, f"request {request_id}: {error}"
                 ) from error
+
+    def _named(self, spec: RequestSpec) -> RequestSpec:
+        """A name in the request is a key, of which one runs at a time; one in the metadata is
+        not."""
+        if spec.request_id or not spec.arrival.request_id:
+            return spec
+        return replace(
+            spec, request_id=self._router.unused_id(spec.arrival.request_id, spec.caller)
+        )
 
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -133,7 +145,22 @@ async def server_info_of(router: Router) -> inference_pb2.GetServerInfoResponse:
     )
 
 
-def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) -> RequestSpec:
+def arrival_of(context: grpc.aio.ServicerContext[Any, Any]) -> Arrival:
+    """What a call's metadata says of it."""
+    metadata = dict(context.invocation_metadata() or ())
+    wanted, parent = metadata.get(REQUEST_ID_KEY, ""), metadata.get(trace_context.HEADER, "")
+    return Arrival(
+        request_id=wanted if isinstance(wanted, str) and wanted.isprintable() else "",
+        traceparent=trace_context.checked(parent) if isinstance(parent, str) else "",
+    )
+
+
+def spec_of(
+    request: inference_pb2.GenerateRequest,
+    *,
+    timeout_s: float | None,
+    arrival: Arrival | None = None,
+) -> RequestSpec:
     """Raises BatonError (INVALID_ARGUMENT) for a request without a prompt, or with a grammar of a
     wrong form."""
     kind = request.WhichOneof("prompt")
@@ -172,6 +199,7 @@ def spec_of(request: inference_pb2.GenerateRequest, *, timeout_s: float | None) 
         ),
         priority=request.priority,
         timeout_s=timeout_s,
+        arrival=arrival or Arrival(),
     )
 
 

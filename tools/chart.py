@@ -37,7 +37,7 @@ ROUTER_DECIDED = frozenset(
     "kubernetes_kubeconfig".split()
 )
 WORKER_DECIDED = frozenset(
-    "model served_model_name host port router device "
+    "model served_model_name host port metrics_port router device "
     "tls_cert tls_key tls_ca tls_server_name".split()
 )
 """Settings that other values of the chart stand for."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 from engine.scheduler.config import SchedulePolicyName
 from engine.types import HostWritePolicy, KvCacheDtype, RadixEvictionPolicy
+from engine.types import HostWritePolicy, RadixEvictionPolicy
+from observability.logs import LogFormat
 from protos.tls import TlsSettings, check_pairs
 
 Role = Literal["prefill", "decode", "unified"]
@@ -34,6 +36,10 @@ class WorkerConfig(TlsSettings):
 
     port: int = 0
     """TCP port of the worker's gRPC server; 0 picks a free one."""
+
+    metrics_port: int = 0
+    """TCP port of the worker's Prometheus metrics (GET /metrics, on `host`); 0 picks a free one,
+    which the log names and the router lists in GET /metrics/targets; -1: none."""
 
     router: str = "127.0.0.1:50051"
     """host:port of the router's gRPC server, where the worker registers; several, with commas
@@ -197,6 +203,9 @@ class WorkerConfig(TlsSettings):
 
     threads: int = 0
     """CPU threads for computation; 0: the cores, shared among workers of `baton up`."""
+
+    log_format: LogFormat = "text"
+    """text: lines for people; json: an object a line, with request ids as fields."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe message that is logged."""

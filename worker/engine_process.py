@@ -5,16 +5,17 @@ file descriptors: the channel, the landing window's file and the outbox's.
 """
 
 import json
-import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from engine.errors import EngineError
 from kvtransfer.errors import TransferError
+from observability import logs
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
@@ -63,9 +64,9 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
         outbox_fd=outbox_fd,
     )
     config = WorkerConfig(**start)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    worker = process.instance_id
+    facts = {"role": worker.split("-")[0], "worker": worker, "process": "engine"}
+    logs.configure(level=config.log_level, format=config.log_format, facts=facts)
     try:
         parts = build_parts(config, process, traffic=traffic)
         role = make_role(parts)
@@ -134,8 +135,11 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
         if not _handle_messages(channel, role) or not _listen(channel, role):
             return
         channel.begin_step(parts.config.hang_timeout_s)
+        began = time.monotonic()
         result = scheduler.step()
         channel.end_step()
+        if result.ran:
+            role.pass_seconds.observe(time.monotonic() - began)
         role.publish(result)
         busy = result.ran or scheduler.has_work()
         if busy:

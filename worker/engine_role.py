@@ -4,6 +4,7 @@ A role joins the scheduler (engine) with the transfer of pages (kvtransfer); nei
 knows the other. Every method runs on the scheduler's thread.
 """
 
+import logging
 import time
 from abc import abstractmethod
 
@@ -20,14 +21,19 @@ from engine.types import RequestId
 from kvtransfer.events import KvEvent, PeerAttached, PeerDetached, TransferThreadFailed
 from kvtransfer.geometry import KvGeometry
 from kvtransfer.states import TransferFailure
+from observability.histogram import PASS_S, Histogram
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2
 from worker.engine_parts import EngineParts
+from worker.figures import engine_figures
 from worker.handover_trace import HandoverTrace
 from worker.link_probe import measure_link
 
+logger = logging.getLogger(__name__)
+
 STATUS_INTERVAL_S = 1.0
 """How often a busy engine tells its front its load. Pages are recounted when somebody asks and when
-the engine falls idle only: a recount of a large pool would stall running requests."""
+the engine falls idle only, since a recount of a large pool would stall running requests; else the
+books' own counters are told."""
 
 MAX_TOP_K = 2**63 - 1
 """What a tensor of it holds."""
@@ -85,7 +91,10 @@ class EngineRole(SchedulerRole):
         self.draining = False
         self._unreported: set[RequestId] = set()
         """Requests whose first output from here has not been sent."""
+        self.pass_seconds = Histogram(PASS_S)
+        """How long the scheduler's passes took that ran something; the engine's loop fills it."""
         self._step = 0
+        self._computed_tokens = 0
         self._last_status = 0.0
         total = parts.memory.allocator.num_pages
         self._pages = PageCounts(free=total, cached=0, held=0, in_use=0, total=total)
@@ -98,7 +107,7 @@ class EngineRole(SchedulerRole):
         if kind == "abort":
             self.abort(make_rid(message.abort.request_id, message.abort.attempt))
         elif kind == "status":
-            self.send_status(message.status.nonce)
+            self._answer_status(message.status)
         elif kind == "drain":
             self.draining = True
             self.on_drain()
@@ -161,6 +170,7 @@ class EngineRole(SchedulerRole):
         rid = make_rid(request.request_id, request.attempt)
         self.arrivals[rid] = time.monotonic()
         self._unreported.add(rid)
+        logger.debug("request %s arrived in the engine", rid, extra={"request_id": rid})
         return rid
 
     def checked_req(self, request: PlacedRequest) -> Req:
@@ -244,6 +254,7 @@ class EngineRole(SchedulerRole):
         self.scheduler.grammar_queue.discard(rid)
         if self.arrivals.pop(rid, None) is None:
             return
+        logger.debug("the engine holds nothing of request %s", rid, extra={"request_id": rid})
         request_id, attempt = split_rid(rid)
         done = channel_pb2.RequestDone(request_id=request_id, attempt=attempt)
         self.parts.channel.send(channel_pb2.EngineToFront(request_done=done))
@@ -252,6 +263,7 @@ class EngineRole(SchedulerRole):
 
     def publish(self, result: StepResult) -> None:
         """Sends one pass's tokens in one message, then what failed and what is gone."""
+        self._computed_tokens += result.num_input_tokens
         if result.outputs:
             self._step += 1
             step = worker_pb2.StepOutput(step=self._step)
@@ -298,13 +310,32 @@ class EngineRole(SchedulerRole):
         """The scheduler holds nothing of the request any more."""
         self.done(rid)
 
-    def send_status(self, nonce: int = 0, *, recount: bool = True) -> None:
-        """`recount` looks at every page; without it the last counts are told again."""
-        if recount:
-            self._pages = self.scheduler.page_counts()
+    def _answer_status(self, query: channel_pb2.StatusQuery) -> None:
+        self.send_status(query.nonce, recount=not query.figures, figures=query.figures)
+
+    def send_status(self, nonce: int = 0, *, recount: bool = True, figures: bool = False) -> None:
+        """`recount` looks at every page; without it the books' own counters are told."""
+        scheduler = self.scheduler
+        self._pages = scheduler.page_counts() if recount else scheduler.estimated_page_counts()
         self._last_status = time.monotonic()
         reply = channel_pb2.StatusReply(nonce=nonce, status=self.status())
+        if figures:
+            reply.figures.CopyFrom(
+                engine_figures(
+                    scheduler,
+                    self.agent.stats(),
+                    queues=self.queues(),
+                    pages=reply.status.pages,
+                    computed_tokens=self._computed_tokens,
+                    pass_seconds=self.pass_seconds,
+                )
+            )
         self.parts.channel.send(channel_pb2.EngineToFront(status=reply))
+
+    def queues(self) -> dict[str, int]:
+        """Requests by where they are: each in one queue, and every queue of the role listed."""
+        lengths = self.scheduler.queue_lengths()
+        return {"waiting": lengths["waiting"], "running": lengths["running"]}
 
     def send_status_if_due(self) -> None:
         if time.monotonic() - self._last_status >= STATUS_INTERVAL_S:

@@ -23,11 +23,13 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from kvtransfer.host import pid_namespace
+from observability import logs
 from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from worker.config import WorkerConfig
 from worker.drain import DrainClock
 from worker.engine_handle import EngineHandle, EngineStartError
+from worker.front_metrics import FrontMetrics
 from worker.peer_lists import PeerLists
 from worker.registration import register_with_all, router_addresses
 from worker.server import WorkerServer
@@ -79,6 +81,7 @@ class WorkerFront:
         self.engine = EngineHandle(module=role.engine_module)
         self.ready = channel_pb2.EngineReady()
         self.address = ""
+        self.metrics = FrontMetrics(self, role.role)
         self._sessions: set[RouterSession] = set()
         self._unattended = asyncio.Event()
         """No router has a session."""
@@ -127,6 +130,7 @@ class WorkerFront:
         reflection.enable_server_reflection(names, server)
         try:
             self.address = door.bind()
+            await self.metrics.start()
         except OSError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             await self.engine.stop()
@@ -162,6 +166,7 @@ class WorkerFront:
         for session in list(self._sessions):
             session.close()
         await self.role.close()
+        await self.metrics.stop()
         await server.stop(grace=0.0 if died else 1.0)
         status = await self.engine.stop()
         pump.cancel()
@@ -218,6 +223,7 @@ class WorkerFront:
             transports=[offer.name for offer in self.ready.transports],
             fingerprint=self.ready.fingerprint,
             epoch=self._epoch,
+            metrics_address=self.metrics.address,
         )
 
     def connect_info(self) -> kv_pb2.ConnectInfo:
@@ -308,6 +314,7 @@ class WorkerFront:
             )
         else:
             self._owners[key] = session
+            self.metrics.on_accepted(key, request)
             self.engine.send(channel_pb2.FrontToEngine(**{kind: request}))
 
     def _refuse(
@@ -337,13 +344,16 @@ class WorkerFront:
         kind = message.WhichOneof("kind")
         if kind == "step":
             self._route_step(message.step)
+            self.metrics.on_step(message.step)
         elif kind == "reserved":
             self._route(message.reserved, worker_pb2.WorkerMessage(reserved=message.reserved))
         elif kind == "work_failed":
+            self.metrics.on_failed(message.work_failed)
             self._route(message.work_failed, worker_pb2.WorkerMessage(failed=message.work_failed))
         elif kind == "request_done":
             done = message.request_done
             self._owners.pop((done.request_id, done.attempt), None)
+            self.metrics.on_done(done)
         elif kind == "pong":
             self._answer_ping(message.pong)
         elif kind == "status":
@@ -391,16 +401,20 @@ class WorkerFront:
         self._status.CopyFrom(reply.status)
         self._status.instance_id = self.instance_id
         self._status.state = state
+        if reply.HasField("figures"):
+            self.metrics.on_figures(reply.figures)
         waiter = self._queries.pop(reply.nonce, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(self._status)
 
-    async def status(self) -> worker_pb2.WorkerStatus:
-        """Asks the engine. Raises TimeoutError when it does not answer within 2 s."""
+    async def status(self, *, figures: bool = False) -> worker_pb2.WorkerStatus:
+        """Asks the engine: to recount its pages, or for its figures. Raises TimeoutError when it
+        does not answer within 2 s."""
         nonce = next(self._nonces)
         waiter: asyncio.Future[worker_pb2.WorkerStatus] = asyncio.get_running_loop().create_future()
         self._queries[nonce] = waiter
-        self.engine.send(channel_pb2.FrontToEngine(status=channel_pb2.StatusQuery(nonce=nonce)))
+        query = channel_pb2.StatusQuery(nonce=nonce, figures=figures)
+        self.engine.send(channel_pb2.FrontToEngine(status=query))
         try:
             return await asyncio.wait_for(waiter, STATUS_TIMEOUT_S)
         finally:
@@ -440,7 +454,9 @@ class WorkerFront:
 
 def run_front(config: WorkerConfig, role: FrontRole) -> int:
     """Runs one worker until it is drained; returns the process's exit status."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    front = WorkerFront(config, role)
+    facts = {"role": front.instance_id.split("-")[0], "worker": front.instance_id}
+    logs.configure(
+        level=config.log_level, format=config.log_format, facts={**facts, "process": "front"}
     )
-    return asyncio.run(WorkerFront(config, role).run())
+    return asyncio.run(front.run())

@@ -15,6 +15,7 @@ from engine.errors import EngineError
 from engine.parallel.commands import StepCommand
 from engine.parallel.group import join_group
 from engine.parallel.runners import FollowingRunner
+from observability import logs
 from worker.config import WorkerConfig
 from worker.kv_traffic import KvTraffic
 from worker.rank_link import Kind, RankLink
@@ -38,10 +39,8 @@ def main(arguments: list[str]) -> int:
     config = WorkerConfig(**start["config"])
     rank, size = int(start["rank"]), config.tensor_parallel_size
     traffic = KvTraffic[start["traffic"]]
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
-    )
+    facts = {"process": f"rank {rank}"}
+    logs.configure(level=config.log_level, format=config.log_format, facts=facts)
     try:
         device = rank_device(config, rank)
         group = join_group(rank, size, device=device, meeting_point=start["meeting_point"])

@@ -71,6 +71,10 @@ class SchedulerRequests:
         self.num_retractions = 0
         self.num_preemptions = 0
         """Requests that ran and gave way to a more important one."""
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        """Prompt tokens of requests whose first extend began, and those of them that were
+        cached."""
         self.lora_slots = LoraSlots(config.max_loras_per_batch)
         self._lifecycle = RequestLifecycle(memory, self.role, self.lora_slots)
         self.waiting_room = WaitingRoom(
@@ -224,6 +228,18 @@ class SchedulerRequests:
         if self.chunked_req is not None:
             yield self.chunked_req
 
+    def queue_lengths(self) -> dict[str, int]:
+        """Live requests by where they are, each in one place: waiting, prebuilt (KV came, joins the
+        batch), running (computed or decoded, in chunks too), transferring (a transfer reads it)."""
+        waiting = len(self.waiting_queue) + len(self.grammar_queue)
+        elsewhere = waiting + len(self.prebuilt) + len(self.transferring)
+        return {
+            "waiting": waiting,
+            "prebuilt": len(self.prebuilt),
+            "running": len(self._lifecycle.live) - elsewhere,
+            "transferring": len(self.transferring),
+        }
+
     def has_work(self) -> bool:
         """Whether `step` has something to do now. Requests in transfer wait for their role."""
         return bool(
@@ -245,6 +261,10 @@ class SchedulerRequests:
     def page_counts(self) -> PageCounts:
         """Pages by state, recounted from their owners; balanced or not."""
         return self._balance.audit().counts
+
+    def estimated_page_counts(self) -> PageCounts:
+        """Pages by state as the books' counters have them: cheap, for figures while steps run."""
+        return self._balance.estimate()
 
     def row_counts(self) -> RowCounts:
         """Rows by state; raises `MemoryInvariantError` where they do not balance."""

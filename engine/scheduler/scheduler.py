@@ -339,6 +339,9 @@ class Scheduler(SchedulerRequests):
         for req in batch.reqs:
             if req in self.waiting_queue:
                 self.waiting_queue.remove(req)
+            if req.t_first_forward == 0.0:
+                self.prefix_query_tokens += req.seqlen
+                self.prefix_hit_tokens += req.prefix_len
             req.begin_extend()
         self.chunked_req = adder.new_chunked_req or self.chunked_req
         if self.chunked_req is not None:

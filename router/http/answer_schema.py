@@ -165,6 +165,11 @@ class WorkerCard(Shape):
     waiting: int
 
 
+class TargetGroup(Shape):
+    targets: list[str]
+    labels: dict[str, str]
+
+
 MODELS: tuple[type[BaseModel], ...] = (
     Error,
     Completion,
@@ -175,4 +180,5 @@ MODELS: tuple[type[BaseModel], ...] = (
     Text,
     Health,
     WorkerCard,
+    TargetGroup,
 )

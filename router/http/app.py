@@ -1,12 +1,13 @@
 """The FastAPI app: routes, and the OpenAPI document that describes them."""
 
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from observability.sheet import CONTENT_TYPE
 from protos.baton.v1 import inference_pb2
 from router.core import Router, version
 from router.http import answer_schema
@@ -17,6 +18,7 @@ from router.http.completions import create_completion
 from router.http.errors import install, json_response
 from router.http.key_gate import KeyGate, only_operators
 from router.http.openapi import answers, describe, ref, takes
+from router.http.request_id import RequestIds
 from router.http.tokenization import (
     DetokenizeRequest,
     TokenizeMessages,
@@ -34,6 +36,8 @@ def create_app(router: Router) -> FastAPI:
     app = FastAPI(title="Baton", version=version(), docs_url=None, redoc_url=None)
     install(app)
     app.add_middleware(KeyGate, router=router)
+    # Added last, it comes first: a refusal carries the id as well.
+    app.add_middleware(RequestIds)
     _add_generation(app, router)
     _add_tokens(app, router)
     _add_models(app, router)
@@ -139,7 +143,25 @@ def _add_operations(app: FastAPI, router: Router) -> None:
     )
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(router.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(router.metrics.render(), media_type=CONTENT_TYPE)
+
+    @app.get(
+        "/metrics/targets",
+        response_class=Response,
+        responses={
+            200: {
+                "description": "Target groups",
+                "content": {
+                    "application/json": {
+                        "schema": {"type": "array", "items": ref(answer_schema.TargetGroup)}
+                    }
+                },
+            }
+        },
+    )
+    async def metrics_targets() -> Response:
+        """Where the workers serve their metrics, for Prometheus' HTTP service discovery."""
+        return json_response(scrape_targets(router.fleet.registry.workers()))
 
     worker_list = {"type": "array", "items": ref(answer_schema.WorkerCard)}
     listed = {"application/json": {"schema": worker_list}}
@@ -154,6 +176,18 @@ def _add_operations(app: FastAPI, router: Router) -> None:
         only_operators(router, request)
         await router.fleet.refresh()
         return json_response([worker_object(r) for r in router.fleet.registry.workers()])
+
+
+def scrape_targets(records: Iterable[WorkerRecord]) -> list[dict[str, Any]]:
+    """A target group a worker; one that serves no metrics has none."""
+    return [
+        {
+            "targets": [record.registration.metrics_address],
+            "labels": {"__meta_baton_worker": record.id, "__meta_baton_role": record.role_name},
+        }
+        for record in records
+        if record.registration.metrics_address and record.connected
+    ]
 
 
 def worker_object(record: WorkerRecord) -> dict[str, Any]:

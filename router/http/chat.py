@@ -16,6 +16,7 @@ from router.http.choices import Choices
 from router.http.key_gate import caller_of
 from router.http.logprobs import TokenNames, chat_logprobs
 from router.http.messages import for_template
+from router.http.request_id import arrival_of, note_id
 from router.http.serve import respond
 from router.output import Delta
 from router.tokenizer import TextCodec
@@ -30,19 +31,26 @@ async def create_chat_completion(router: Router, request: Request) -> Response:
         BatonError, HttpDoorError: it failed before anything of the answer was sent.
     """
     config = router.config
-    body = parse(
-        await read_json(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    sent = await read_json(
+        request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
     )
+    arrival = arrival_of(request, "chat")
+    body = parse(sent)
     codec = await router.tokenizers.get(router.model(body.model or "").path)
     prompt_ids = await encode_messages(body, codec, tools=body.shown_tools)
     try:
         spec = body.spec_for(prompt_ids)
         choices = await Choices.admit(
-            router, [spec], per_prompt=body.choices(), caller=caller_of(request)
+            router,
+            [spec],
+            per_prompt=body.choices(),
+            caller=caller_of(request),
+            arrival=arrival,
         )
     except BatonError as error:
         error.param = _own_name(error.param, body)
         raise
+    note_id(request, choices.id)
     logger.debug("request %s over HTTP, user %r", choices.id, body.safety_identifier or body.user)
     return await respond(
         request,

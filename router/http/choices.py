@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
 from router.callers import Caller
 from router.core import Admitted, Router
 from router.output import Delta
-from router.request import RequestSpec
+from router.request import Arrival, RequestSpec
 from router.sampling import MAX_UINT64
 from router.tokenizer import TextCodec
 
@@ -25,7 +24,13 @@ class Choices:
 
     @classmethod
     async def admit(
-        cls, router: Router, specs: Sequence[RequestSpec], *, per_prompt: int, caller: Caller
+        cls,
+        router: Router,
+        specs: Sequence[RequestSpec],
+        *,
+        per_prompt: int,
+        caller: Caller,
+        arrival: Arrival,
     ) -> "Choices":
         """Gives every choice its place, or none.
 
@@ -33,12 +38,13 @@ class Choices:
             router: runs them.
             specs: one a prompt.
             per_prompt: choices for each; choice i draws with the prompt's seed + i.
+            arrival: of the HTTP request; its id names the choices.
             caller: whose they are.
 
         Raises:
             BatonError: as Router.admit, for the first that is refused.
         """
-        request_id = uuid.uuid4().hex
+        request_id = router.unused_id(arrival.request_id, caller)
         admitted: list[Admitted] = []
         try:
             for spec in specs:
@@ -46,7 +52,11 @@ class Choices:
                     many = len(specs) * per_prompt > 1
                     own_id = f"{request_id}-{len(admitted)}" if many else request_id
                     own = replace(
-                        spec, request_id=own_id, seed=_seed(spec.seed, index), caller=caller
+                        spec,
+                        request_id=own_id,
+                        seed=_seed(spec.seed, index),
+                        caller=caller,
+                        arrival=arrival,
                     )
                     if index:
                         # The first choice has made the tokens.

@@ -14,6 +14,7 @@ from router.http.choices import Choices
 from router.http.completion_request import CompletionRequest, parse
 from router.http.key_gate import caller_of
 from router.http.logprobs import LegacyLogprobs, TokenNames
+from router.http.request_id import arrival_of, note_id
 from router.http.serve import respond
 from router.output import Delta, OutputToken
 
@@ -36,12 +37,17 @@ async def create_completion(router: Router, request: Request) -> Response:
         BatonError, HttpDoorError: it failed before anything of the answer was sent.
     """
     config = router.config
-    body = parse(
-        await read_json(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    sent = await read_json(
+        request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
     )
+    arrival = arrival_of(request, "text_completion")
+    body = parse(sent)
     per_prompt = body.choices(prompts=len(body.prompt))
     specs = [body.spec_for(prompt) for prompt in body.prompt]
-    choices = await Choices.admit(router, specs, per_prompt=per_prompt, caller=caller_of(request))
+    choices = await Choices.admit(
+        router, specs, per_prompt=per_prompt, caller=caller_of(request), arrival=arrival
+    )
+    note_id(request, choices.id)
     try:
         logger.debug("request %s over HTTP, user %r", choices.id, body.user)
         prompts = await _prompt_texts(choices, body) if body.echo else []

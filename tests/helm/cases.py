@@ -94,8 +94,12 @@ OPTIONS: dict[str, Values] = {
         "metrics": {
             "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
             "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+            "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
             "dashboard": {"enabled": True},
         }
+    },
+    "network policy, scraped": {
+        "networkPolicy": {"enabled": True, "monitoring": [{"namespaceSelector": {}}]},
     },
 }  # fmt: skip
 

@@ -12,10 +12,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.client_access import ClientAccess
 from baton.config import settings_of
 from baton.remote import GenerateConfig
+from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
 from router.config import RouterConfig
 from router.core import Router
 from router.registry import InMemoryRegistry
 from worker.config import WorkerConfig
+from worker.metrics import render
+from worker.request_clock import RequestClock
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "baton"
@@ -72,13 +75,27 @@ def test_the_chart_speaks_of_settings_that_exist() -> None:
     assert written <= fields
 
 
+def worker_metrics() -> str:
+    """What a worker serves that has done nothing yet."""
+    role = inference_pb2.WORKER_ROLE_PREFILL
+    return render(
+        registration=worker_pb2.RegisterRequest(role=role),
+        status=worker_pb2.WorkerStatus(),
+        figures=channel_pb2.EngineFigures(),
+        figures_age_s=0.0,
+        prefix_caching=True,
+        clock=RequestClock(role),
+    ).decode()
+
+
 async def test_dashboard_alerts_and_scaling_ask_for_metrics_that_exist() -> None:
     router = Router(RouterConfig(), InMemoryRegistry())
-    text = router.metrics.render().decode()
+    text = router.metrics.render().decode() + worker_metrics()
+    suffixes = ("", "_total", "_bucket", "_sum", "_count")
     exposed = {
-        word
+        family.name + suffix
         for family in text_string_to_metric_families(text)
-        for word in (family.name, f"{family.name}_total", f"{family.name}_bucket")
+        for suffix in suffixes
     }
     await router.close()
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "baton.json").read_text())

@@ -38,6 +38,11 @@
 {{- toYaml $config -}}
 {{- end -}}
 
+{{/* Where a worker serves its metrics: beside each other where two share a pod. Takes its gRPC port. */}}
+{{- define "baton.metricsPort" -}}
+{{- add 9464 (sub . 50061) -}}
+{{- end -}}
+
 {{/* Takes a list: root, the role's values, port. */}}
 {{- define "baton.workerConfig" -}}
 {{- $root := index . 0 -}}
@@ -46,6 +51,7 @@
 {{- $_ := set $config "model" (include "baton.modelPath" $root) -}}
 {{- $_ := set $config "served_model_name" $root.Values.model.name -}}
 {{- $_ := set $config "port" (index . 2) -}}
+{{- $_ := set $config "metrics_port" (int (include "baton.metricsPort" (index . 2))) -}}
 {{- $_ := set $config "router" (printf "%s-registry:%s" (include "baton.fullname" $root) (include "baton.registryPort" $root)) -}}
 {{- $_ := set $config "device" (ternary "cuda" "cpu" (gt (int $worker.gpus) 0)) -}}
 {{- if and (gt (int $worker.gpus) 1) (not (hasKey $config "tensor_parallel_size")) -}}

@@ -22,6 +22,7 @@
     {{- end }}
   ports:
     - {name: {{ ternary "grpc" (printf "grpc-%s" $role) (eq $port 50061) }}, containerPort: {{ $port }}}
+    - {name: {{ ternary "metrics" (printf "metrics-%s" $role) (eq $port 50061) }}, containerPort: {{ include "baton.metricsPort" $port }}}
   # It opens its port once the model is loaded. None of the probes asks for a peer.
   startupProbe:
     {{- include "baton.probe" (list $root $port "") | nindent 4 }}

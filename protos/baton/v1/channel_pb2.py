@@ -22,49 +22,68 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos.baton.v1 import inference_pb2 as protos_dot_baton_dot_v1_dot_inference__pb2
 from protos.baton.v1 import kv_pb2 as protos_dot_baton_dot_v1_dot_kv__pb2
 from protos.baton.v1 import worker_pb2 as protos_dot_baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/baton/v1/channel.proto\x12\x08\x62\x61ton.v1\x1a\x18protos/baton/v1/kv.proto\x1a\x1cprotos/baton/v1/worker.proto\"\xb0\x04\n\rFrontToEngine\x12\x0f\n\x05start\x18\x01 \x01(\x0cH\x00\x12+\n\x07reserve\x18\x02 \x01(\x0b\x32\x18.baton.v1.ReserveRequestH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.baton.v1.PrefillRequestH\x00\x12,\n\x06ticket\x18\x04 \x01(\x0b\x32\x1a.baton.v1.TicketForPrefillH\x00\x12-\n\x08generate\x18\x05 \x01(\x0b\x32\x19.baton.v1.GenerateLocallyH\x00\x12$\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x13.baton.v1.AbortWorkH\x00\x12\x31\n\x0epeer_connected\x18\x07 \x01(\x0b\x32\x17.baton.v1.PeerConnectedH\x00\x12\'\n\tpeer_gone\x18\x08 \x01(\x0b\x32\x12.baton.v1.PeerGoneH\x00\x12\x1c\n\x02kv\x18\t \x01(\x0b\x32\x0e.baton.v1.KvInH\x00\x12.\n\rkv_write_done\x18\n \x01(\x0b\x32\x15.baton.v1.KvWriteDoneH\x00\x12\'\n\x06status\x18\x0b \x01(\x0b\x32\x15.baton.v1.StatusQueryH\x00\x12\x0f\n\x05\x64rain\x18\x0c \x01(\x08H\x00\x12\x0e\n\x04stop\x18\r \x01(\x08H\x00\x12\x0e\n\x04ping\x18\x0e \x01(\x04H\x00\x12%\n\x05probe\x18\x0f \x01(\x0b\x32\x14.baton.v1.ProbeOrderH\x00\x42\x06\n\x04kind\"\x93\x04\n\rEngineToFront\x12&\n\x05ready\x18\x01 \x01(\x0b\x32\x15.baton.v1.EngineReadyH\x00\x12(\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x16.baton.v1.EngineFailedH\x00\x12&\n\x08reserved\x18\x03 \x01(\x0b\x32\x12.baton.v1.ReservedH\x00\x12$\n\x04step\x18\x04 \x01(\x0b\x32\x14.baton.v1.StepOutputH\x00\x12+\n\x0bwork_failed\x18\x05 \x01(\x0b\x32\x14.baton.v1.WorkFailedH\x00\x12\x1d\n\x02kv\x18\x06 \x01(\x0b\x32\x0f.baton.v1.KvOutH\x00\x12%\n\x08kv_write\x18\x07 \x01(\x0b\x32\x11.baton.v1.KvWriteH\x00\x12\'\n\x06status\x18\x08 \x01(\x0b\x32\x15.baton.v1.StatusReplyH\x00\x12\x12\n\x08progress\x18\t \x01(\tH\x00\x12\x11\n\x07\x64rained\x18\n \x01(\x08H\x00\x12/\n\rpeer_attached\x18\x0b \x01(\x0b\x32\x16.baton.v1.PeerAttachedH\x00\x12-\n\x0crequest_done\x18\x0c \x01(\x0b\x32\x15.baton.v1.RequestDoneH\x00\x12\x0e\n\x04pong\x18\r \x01(\x04H\x00\x12\'\n\x06probed\x18\x0e \x01(\x0b\x32\x15.baton.v1.ProbeAnswerH\x00\x42\x06\n\x04kind\"\xdb\x01\n\x0b\x45ngineReady\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.baton.v1.ModelDescription\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12,\n\ntransports\x18\x03 \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x12\n\nengine_pid\x18\x04 \x01(\x04\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\x12\r\n\x05slots\x18\x06 \x01(\x04\x12\x11\n\trank_pids\x18\x08 \x03(\x04\x12\x14\n\x0coutbox_slots\x18\x07 \x01(\x04\".\n\x0c\x45ngineFailed\x12\x1e\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Error\"V\n\rPeerConnected\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.baton.v1.ConnectInfo\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\r\n\x05offer\x18\x03 \x01(\x0c\"?\n\x0cPeerAttached\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"D\n\x08PeerGone\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bproven_dead\x18\x03 \x01(\x08\"%\n\x04KvIn\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\"&\n\x05KvOut\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\"^\n\x07KvWrite\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\"\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x12.baton.v1.SlotCopy\x12\x0f\n\x07message\x18\x04 \x01(\x0c\"5\n\x08SlotCopy\x12\x13\n\x0boutbox_slot\x18\x01 \x01(\x04\x12\x14\n\x0clanding_slot\x18\x02 \x01(\x04\"<\n\x0bKvWriteDone\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x1c\n\x0bStatusQuery\x12\r\n\x05nonce\x18\x01 \x01(\x04\"D\n\x0bStatusReply\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0b\x32\x16.baton.v1.WorkerStatus\"D\n\nProbeOrder\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\'\n\x07request\x18\x02 \x01(\x0b\x32\x16.baton.v1.ProbeRequest\"C\n\x0bProbeAnswer\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x15.baton.v1.ProbeReport\"2\n\x0bRequestDone\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/baton/v1/channel.proto\x12\x08\x62\x61ton.v1\x1a\x1fprotos/baton/v1/inference.proto\x1a\x18protos/baton/v1/kv.proto\x1a\x1cprotos/baton/v1/worker.proto\"\xb0\x04\n\rFrontToEngine\x12\x0f\n\x05start\x18\x01 \x01(\x0cH\x00\x12+\n\x07reserve\x18\x02 \x01(\x0b\x32\x18.baton.v1.ReserveRequestH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.baton.v1.PrefillRequestH\x00\x12,\n\x06ticket\x18\x04 \x01(\x0b\x32\x1a.baton.v1.TicketForPrefillH\x00\x12-\n\x08generate\x18\x05 \x01(\x0b\x32\x19.baton.v1.GenerateLocallyH\x00\x12$\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x13.baton.v1.AbortWorkH\x00\x12\x31\n\x0epeer_connected\x18\x07 \x01(\x0b\x32\x17.baton.v1.PeerConnectedH\x00\x12\'\n\tpeer_gone\x18\x08 \x01(\x0b\x32\x12.baton.v1.PeerGoneH\x00\x12\x1c\n\x02kv\x18\t \x01(\x0b\x32\x0e.baton.v1.KvInH\x00\x12.\n\rkv_write_done\x18\n \x01(\x0b\x32\x15.baton.v1.KvWriteDoneH\x00\x12\'\n\x06status\x18\x0b \x01(\x0b\x32\x15.baton.v1.StatusQueryH\x00\x12\x0f\n\x05\x64rain\x18\x0c \x01(\x08H\x00\x12\x0e\n\x04stop\x18\r \x01(\x08H\x00\x12\x0e\n\x04ping\x18\x0e \x01(\x04H\x00\x12%\n\x05probe\x18\x0f \x01(\x0b\x32\x14.baton.v1.ProbeOrderH\x00\x42\x06\n\x04kind\"\x93\x04\n\rEngineToFront\x12&\n\x05ready\x18\x01 \x01(\x0b\x32\x15.baton.v1.EngineReadyH\x00\x12(\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x16.baton.v1.EngineFailedH\x00\x12&\n\x08reserved\x18\x03 \x01(\x0b\x32\x12.baton.v1.ReservedH\x00\x12$\n\x04step\x18\x04 \x01(\x0b\x32\x14.baton.v1.StepOutputH\x00\x12+\n\x0bwork_failed\x18\x05 \x01(\x0b\x32\x14.baton.v1.WorkFailedH\x00\x12\x1d\n\x02kv\x18\x06 \x01(\x0b\x32\x0f.baton.v1.KvOutH\x00\x12%\n\x08kv_write\x18\x07 \x01(\x0b\x32\x11.baton.v1.KvWriteH\x00\x12\'\n\x06status\x18\x08 \x01(\x0b\x32\x15.baton.v1.StatusReplyH\x00\x12\x12\n\x08progress\x18\t \x01(\tH\x00\x12\x11\n\x07\x64rained\x18\n \x01(\x08H\x00\x12/\n\rpeer_attached\x18\x0b \x01(\x0b\x32\x16.baton.v1.PeerAttachedH\x00\x12-\n\x0crequest_done\x18\x0c \x01(\x0b\x32\x15.baton.v1.RequestDoneH\x00\x12\x0e\n\x04pong\x18\r \x01(\x04H\x00\x12\'\n\x06probed\x18\x0e \x01(\x0b\x32\x15.baton.v1.ProbeAnswerH\x00\x42\x06\n\x04kind\"\xdb\x01\n\x0b\x45ngineReady\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.baton.v1.ModelDescription\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12,\n\ntransports\x18\x03 \x03(\x0b\x32\x18.baton.v1.TransportOffer\x12\x12\n\nengine_pid\x18\x04 \x01(\x04\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\x12\r\n\x05slots\x18\x06 \x01(\x04\x12\x11\n\trank_pids\x18\x08 \x03(\x04\x12\x14\n\x0coutbox_slots\x18\x07 \x01(\x04\".\n\x0c\x45ngineFailed\x12\x1e\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Error\"V\n\rPeerConnected\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.baton.v1.ConnectInfo\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\r\n\x05offer\x18\x03 \x01(\x0c\"?\n\x0cPeerAttached\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"D\n\x08PeerGone\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bproven_dead\x18\x03 \x01(\x08\"%\n\x04KvIn\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\"&\n\x05KvOut\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\"^\n\x07KvWrite\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\"\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x12.baton.v1.SlotCopy\x12\x0f\n\x07message\x18\x04 \x01(\x0c\"5\n\x08SlotCopy\x12\x13\n\x0boutbox_slot\x18\x01 \x01(\x04\x12\x14\n\x0clanding_slot\x18\x02 \x01(\x04\"<\n\x0bKvWriteDone\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"-\n\x0bStatusQuery\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x0f\n\x07\x66igures\x18\x02 \x01(\x08\"n\n\x0bStatusReply\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0b\x32\x16.baton.v1.WorkerStatus\x12(\n\x07\x66igures\x18\x03 \x01(\x0b\x32\x17.baton.v1.EngineFigures\"\x9a\x04\n\rEngineFigures\x12\x33\n\x06queues\x18\x01 \x03(\x0b\x32#.baton.v1.EngineFigures.QueuesEntry\x12#\n\x05pages\x18\x02 \x01(\x0b\x32\x14.baton.v1.PageCounts\x12\x17\n\x0fnew_token_ratio\x18\x03 \x01(\x01\x12\x13\n\x0bretractions\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x06 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x08 \x01(\x04\x12/\n\x0cpass_seconds\x18\t \x01(\x0b\x32\x19.baton.v1.HistogramCounts\x12,\n\ttransfers\x18\n \x03(\x0b\x32\x19.baton.v1.TransferFigures\x12\x46\n\x10\x64ropped_messages\x18\x0b \x03(\x0b\x32,.baton.v1.EngineFigures.DroppedMessagesEntry\x12\r\n\x05peers\x18\x0c \x01(\x04\x1a-\n\x0bQueuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x36\n\x14\x44roppedMessagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\">\n\x0fHistogramCounts\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\xcb\x01\n\x0fTransferFigures\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12*\n\x07seconds\x18\x03 \x01(\x0b\x32\x19.baton.v1.HistogramCounts\x12\x39\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\'.baton.v1.TransferFigures.FailuresEntry\x1a/\n\rFailuresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"D\n\nProbeOrder\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\'\n\x07request\x18\x02 \x01(\x0b\x32\x16.baton.v1.ProbeRequest\"C\n\x0bProbeAnswer\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x15.baton.v1.ProbeReport\"2\n\x0bRequestDone\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.channel_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRONTTOENGINE']._serialized_start=100
-  _globals['_FRONTTOENGINE']._serialized_end=660
-  _globals['_ENGINETOFRONT']._serialized_start=663
-  _globals['_ENGINETOFRONT']._serialized_end=1194
-  _globals['_ENGINEREADY']._serialized_start=1197
-  _globals['_ENGINEREADY']._serialized_end=1416
-  _globals['_ENGINEFAILED']._serialized_start=1418
-  _globals['_ENGINEFAILED']._serialized_end=1464
-  _globals['_PEERCONNECTED']._serialized_start=1466
-  _globals['_PEERCONNECTED']._serialized_end=1552
-  _globals['_PEERATTACHED']._serialized_start=1554
-  _globals['_PEERATTACHED']._serialized_end=1617
-  _globals['_PEERGONE']._serialized_start=1619
-  _globals['_PEERGONE']._serialized_end=1687
-  _globals['_KVIN']._serialized_start=1689
-  _globals['_KVIN']._serialized_end=1726
-  _globals['_KVOUT']._serialized_start=1728
-  _globals['_KVOUT']._serialized_end=1766
-  _globals['_KVWRITE']._serialized_start=1768
-  _globals['_KVWRITE']._serialized_end=1862
-  _globals['_SLOTCOPY']._serialized_start=1864
-  _globals['_SLOTCOPY']._serialized_end=1917
-  _globals['_KVWRITEDONE']._serialized_start=1919
-  _globals['_KVWRITEDONE']._serialized_end=1979
-  _globals['_STATUSQUERY']._serialized_start=1981
-  _globals['_STATUSQUERY']._serialized_end=2009
-  _globals['_STATUSREPLY']._serialized_start=2011
-  _globals['_STATUSREPLY']._serialized_end=2079
-  _globals['_PROBEORDER']._serialized_start=2081
-  _globals['_PROBEORDER']._serialized_end=2149
-  _globals['_PROBEANSWER']._serialized_start=2151
-  _globals['_PROBEANSWER']._serialized_end=2218
-  _globals['_REQUESTDONE']._serialized_start=2220
-  _globals['_REQUESTDONE']._serialized_end=2270
+  _globals['_ENGINEFIGURES_QUEUESENTRY']._loaded_options = None
+  _globals['_ENGINEFIGURES_QUEUESENTRY']._serialized_options = b'8\001'
+  _globals['_ENGINEFIGURES_DROPPEDMESSAGESENTRY']._loaded_options = None
+  _globals['_ENGINEFIGURES_DROPPEDMESSAGESENTRY']._serialized_options = b'8\001'
+  _globals['_TRANSFERFIGURES_FAILURESENTRY']._loaded_options = None
+  _globals['_TRANSFERFIGURES_FAILURESENTRY']._serialized_options = b'8\001'
+  _globals['_FRONTTOENGINE']._serialized_start=133
+  _globals['_FRONTTOENGINE']._serialized_end=693
+  _globals['_ENGINETOFRONT']._serialized_start=696
+  _globals['_ENGINETOFRONT']._serialized_end=1227
+  _globals['_ENGINEREADY']._serialized_start=1230
+  _globals['_ENGINEREADY']._serialized_end=1449
+  _globals['_ENGINEFAILED']._serialized_start=1451
+  _globals['_ENGINEFAILED']._serialized_end=1497
+  _globals['_PEERCONNECTED']._serialized_start=1499
+  _globals['_PEERCONNECTED']._serialized_end=1585
+  _globals['_PEERATTACHED']._serialized_start=1587
+  _globals['_PEERATTACHED']._serialized_end=1650
+  _globals['_PEERGONE']._serialized_start=1652
+  _globals['_PEERGONE']._serialized_end=1720
+  _globals['_KVIN']._serialized_start=1722
+  _globals['_KVIN']._serialized_end=1759
+  _globals['_KVOUT']._serialized_start=1761
+  _globals['_KVOUT']._serialized_end=1799
+  _globals['_KVWRITE']._serialized_start=1801
+  _globals['_KVWRITE']._serialized_end=1895
+  _globals['_SLOTCOPY']._serialized_start=1897
+  _globals['_SLOTCOPY']._serialized_end=1950
+  _globals['_KVWRITEDONE']._serialized_start=1952
+  _globals['_KVWRITEDONE']._serialized_end=2012
+  _globals['_STATUSQUERY']._serialized_start=2014
+  _globals['_STATUSQUERY']._serialized_end=2059
+  _globals['_STATUSREPLY']._serialized_start=2061
+  _globals['_STATUSREPLY']._serialized_end=2171
+  _globals['_ENGINEFIGURES']._serialized_start=2174
+  _globals['_ENGINEFIGURES']._serialized_end=2712
+  _globals['_ENGINEFIGURES_QUEUESENTRY']._serialized_start=2611
+  _globals['_ENGINEFIGURES_QUEUESENTRY']._serialized_end=2656
+  _globals['_ENGINEFIGURES_DROPPEDMESSAGESENTRY']._serialized_start=2658
+  _globals['_ENGINEFIGURES_DROPPEDMESSAGESENTRY']._serialized_end=2712
+  _globals['_HISTOGRAMCOUNTS']._serialized_start=2714
+  _globals['_HISTOGRAMCOUNTS']._serialized_end=2776
+  _globals['_TRANSFERFIGURES']._serialized_start=2779
+  _globals['_TRANSFERFIGURES']._serialized_end=2982
+  _globals['_TRANSFERFIGURES_FAILURESENTRY']._serialized_start=2935
+  _globals['_TRANSFERFIGURES_FAILURESENTRY']._serialized_end=2982
+  _globals['_PROBEORDER']._serialized_start=2984
+  _globals['_PROBEORDER']._serialized_end=3052
+  _globals['_PROBEANSWER']._serialized_start=3054
+  _globals['_PROBEANSWER']._serialized_end=3121
+  _globals['_REQUESTDONE']._serialized_start=3123
+  _globals['_REQUESTDONE']._serialized_end=3173
 # @@protoc_insertion_point(module_scope)

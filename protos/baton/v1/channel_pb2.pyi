@@ -1,3 +1,4 @@
+from protos.baton.v1 import inference_pb2 as _inference_pb2
 from protos.baton.v1 import kv_pb2 as _kv_pb2
 from protos.baton.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
@@ -177,18 +178,93 @@ class KvWriteDone(_message.Message):
     def __init__(self, write_id: _Optional[int] = ..., peer: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StatusQuery(_message.Message):
-    __slots__ = ("nonce",)
+    __slots__ = ("nonce", "figures")
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
     nonce: int
-    def __init__(self, nonce: _Optional[int] = ...) -> None: ...
+    figures: bool
+    def __init__(self, nonce: _Optional[int] = ..., figures: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("nonce", "status")
+    __slots__ = ("nonce", "status", "figures")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
     nonce: int
     status: _worker_pb2.WorkerStatus
-    def __init__(self, nonce: _Optional[int] = ..., status: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ...) -> None: ...
+    figures: EngineFigures
+    def __init__(self, nonce: _Optional[int] = ..., status: _Optional[_Union[_worker_pb2.WorkerStatus, _Mapping]] = ..., figures: _Optional[_Union[EngineFigures, _Mapping]] = ...) -> None: ...
+
+class EngineFigures(_message.Message):
+    __slots__ = ("queues", "pages", "new_token_ratio", "retractions", "preemptions", "prefix_query_tokens", "prefix_hit_tokens", "computed_tokens", "pass_seconds", "transfers", "dropped_messages", "peers")
+    class QueuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class DroppedMessagesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKEN_RATIO_FIELD_NUMBER: _ClassVar[int]
+    RETRACTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PASS_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    queues: _containers.ScalarMap[str, int]
+    pages: _inference_pb2.PageCounts
+    new_token_ratio: float
+    retractions: int
+    preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    computed_tokens: int
+    pass_seconds: HistogramCounts
+    transfers: _containers.RepeatedCompositeFieldContainer[TransferFigures]
+    dropped_messages: _containers.ScalarMap[str, int]
+    peers: int
+    def __init__(self, queues: _Optional[_Mapping[str, int]] = ..., pages: _Optional[_Union[_inference_pb2.PageCounts, _Mapping]] = ..., new_token_ratio: _Optional[float] = ..., retractions: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., pass_seconds: _Optional[_Union[HistogramCounts, _Mapping]] = ..., transfers: _Optional[_Iterable[_Union[TransferFigures, _Mapping]]] = ..., dropped_messages: _Optional[_Mapping[str, int]] = ..., peers: _Optional[int] = ...) -> None: ...
+
+class HistogramCounts(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
+
+class TransferFigures(_message.Message):
+    __slots__ = ("transport", "bytes", "seconds", "failures")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    bytes: int
+    seconds: HistogramCounts
+    failures: _containers.ScalarMap[str, int]
+    def __init__(self, transport: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[_Union[HistogramCounts, _Mapping]] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ProbeOrder(_message.Message):
     __slots__ = ("nonce", "request")

@@ -35,7 +35,7 @@ ERROR_CODE_DATA_LOSS: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "role", "address", "model", "pid", "engine_pids", "transports", "fingerprint", "epoch")
+    __slots__ = ("protocol_version", "instance_id", "role", "address", "model", "pid", "engine_pids", "transports", "fingerprint", "epoch", "metrics_address")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class RegisterRequest(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     role: _inference_pb2.WorkerRole
@@ -56,7 +57,8 @@ class RegisterRequest(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: str
     epoch: int
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_inference_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelDescription, _Mapping]] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., transports: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_inference_pb2.WorkerRole, str]] = ..., address: _Optional[str] = ..., model: _Optional[_Union[ModelDescription, _Mapping]] = ..., pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., transports: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., epoch: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -340,7 +342,7 @@ class Ping(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prefill_instance", "prompt_ids", "output_so_far", "sampling", "priority", "max_wait_s", "cache_salt", "deadline_s", "lora_id")
+    __slots__ = ("request_id", "attempt", "prefill_instance", "prompt_ids", "output_so_far", "sampling", "priority", "max_wait_s", "cache_salt", "deadline_s", "lora_id", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +354,7 @@ class ReserveRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     LORA_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prefill_instance: str
@@ -363,10 +366,11 @@ class ReserveRequest(_message.Message):
     cache_salt: str
     deadline_s: float
     lora_id: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_instance: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., max_wait_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_instance: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., max_wait_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_instance", "prompt_ids", "output_so_far", "sampling", "priority", "cache_salt", "deadline_s", "lora_id")
+    __slots__ = ("request_id", "attempt", "decode_instance", "prompt_ids", "output_so_far", "sampling", "priority", "cache_salt", "deadline_s", "lora_id", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -377,6 +381,7 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     LORA_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_instance: str
@@ -387,10 +392,11 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     deadline_s: float
     lora_id: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class GenerateLocally(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "output_so_far", "sampling", "priority", "cache_salt", "deadline_s", "lora_id")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "output_so_far", "sampling", "priority", "cache_salt", "deadline_s", "lora_id", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -400,6 +406,7 @@ class GenerateLocally(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     LORA_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -409,7 +416,8 @@ class GenerateLocally(_message.Message):
     cache_salt: str
     deadline_s: float
     lora_id: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_so_far: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., lora_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class TicketForPrefill(_message.Message):
     __slots__ = ("request_id", "attempt", "ticket")

@@ -1,0 +1,82 @@
+"""GET /metrics of a worker, on a port of its own.
+
+A hand-made server, and on purpose: what answers here must not be held up by whoever connects. Each
+connection carries one request, has a few seconds in all, and there are so many at most; the HTTP
+servers at hand leave a silent connection open for ever.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from observability.sheet import CONTENT_TYPE
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 16 << 10
+MAX_CONNECTIONS = 32
+HEAD_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+
+Render = Callable[[], Awaitable[bytes]]
+
+
+class MetricsServer:
+    """Serves what `render` makes; knows nothing of it."""
+
+    def __init__(self, render: Render, *, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+        """`head_timeout_s`: longest a connection may take to ask."""
+        self._render = render
+        self._head_timeout_s = head_timeout_s
+        self._open = 0
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """The port; 0 picks a free one. Raises OSError where it cannot be listened on."""
+        self._server = await asyncio.start_server(
+            self._serve, host or None, port, limit=MAX_HEAD_BYTES
+        )
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open > MAX_CONNECTIONS:
+                return
+            async with asyncio.timeout(self._head_timeout_s):
+                head = await reader.readuntil(b"\r\n\r\n")
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                writer.write(await self._answer(head))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+            logger.debug("a connection to /metrics ended: %r", e)
+        finally:
+            self._open -= 1
+            writer.transport.abort()
+
+    async def _answer(self, head: bytes) -> bytes:
+        method, path = [*head.split(b"\r\n", 1)[0].split(b" "), b""][:2]
+        if method not in (b"GET", b"HEAD"):
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET is answered here\n")
+        if path.split(b"?")[0] != b"/metrics":
+            return _response(HTTPStatus.NOT_FOUND, b"there is only /metrics here\n")
+        body = await self._render()
+        return _response(HTTPStatus.OK, body, CONTENT_TYPE, head_only=method == b"HEAD")
+
+
+def _response(
+    status: HTTPStatus, body: bytes, content_type: str = "text/plain", *, head_only: bool = False
+) -> bytes:
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + (b"" if head_only else body)
