@@ -125,7 +125,7 @@ class PrefillRole(EngineRole):
             return
         self._without_ticket.remove(handover.req)
         handover.ticket = ticket
-        handover.ticket_arrived = time.monotonic()
+        handover.ticket_arrived = self._message_at
         try:
             self.scheduler.add_request(handover.req)
         except EngineError as error:
@@ -321,7 +321,7 @@ class PrefillRole(EngineRole):
         admitted = handover.ticket_arrived if handover is not None else self.arrivals[rid]
         return worker_pb2.WorkerTiming(
             queue_ms=(req.t_first_forward - admitted) * 1e3,
-            prefill_ms=(req.t_first_token - req.t_first_forward) * 1e3,
+            prefill_ms=(time.monotonic() - req.t_first_forward) * 1e3,
             cached_tokens=req.cached_tokens,
         )
 

@@ -1,10 +1,9 @@
 """Where a request's time went: durations taken inside one process each, siblings that sum up.
 
 The router sees the two totals (TTFT, handover). Each phase is some process's own measurement, and
-phases may overlap the rest: decode grants its ticket while the request queues at prefill, and
-decode may have worked before the first token reached the router. So each total is handed out from
-its end backwards, no phase gets more than is left, and the remainder is the network's. Thus the
-phases are never negative and always sum to their total.
+phases may overlap the rest: decode may have worked before the first token reached the router. So
+each total is handed out from its end backwards, no phase gets more than is left, and the remainder
+is the network's. Thus the phases are never negative and always sum to their total.
 """
 
 from dataclasses import dataclass, field
@@ -64,10 +63,10 @@ class RequestTimes:
             times = self.first_attempt
             admission_ms = 1e3 * (times.sent_at - self.arrived_at)
             ttft_ms = 1e3 * self.ttft_s
-            # Prefill's queue includes the wait for the ticket, which decode counts as reserve.
-            queue_ms = max(0.0, times.prefill.queue_ms - times.reserve_ms)
+            # Prefill's queue begins with the ticket, where decode's reserve has ended.
+            prefill = times.prefill
             shares, network_ms = hand_out(
-                ttft_ms - admission_ms, [times.prefill.prefill_ms, queue_ms, times.reserve_ms]
+                ttft_ms - admission_ms, [prefill.prefill_ms, prefill.queue_ms, times.reserve_ms]
             )
             result.ttft_ms, result.admission_ms = ttft_ms, admission_ms
             result.prefill_ms, result.queue_ms, result.reserve_ms = shares

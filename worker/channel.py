@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from protos.baton.v1 import channel_pb2
 
@@ -61,6 +62,14 @@ class FrontChannel:
         self._writer.close()
 
 
+class Received(NamedTuple):
+    """A message, and when it came: the scheduler may get to it a step later."""
+
+    message: channel_pb2.FrontToEngine
+    at: float
+    """time.monotonic() seconds."""
+
+
 class EngineChannel:
     """The engine's end: an inbox to drain once a pass, an outbox that never blocks."""
 
@@ -68,7 +77,7 @@ class EngineChannel:
         """`on_closed` runs on the reader's thread when the front is gone."""
         self._socket = end
         self._on_closed = on_closed
-        self._inbox: deque[channel_pb2.FrontToEngine] = deque()
+        self._inbox: deque[Received] = deque()
         self._outbox: deque[channel_pb2.EngineToFront] = deque()
         self._work = threading.Event()
         self._out_ready = threading.Condition()
@@ -99,7 +108,7 @@ class EngineChannel:
         """Sleeps until a message is there, `wake` was called, or the time is over."""
         self._work.wait(timeout_s)
 
-    def drain(self) -> list[channel_pb2.FrontToEngine]:
+    def drain(self) -> list[Received]:
         """All messages that have arrived, in order; never waits."""
         self._work.clear()
         messages = []
@@ -141,7 +150,7 @@ class EngineChannel:
                 if not self._is_hung():
                     self.send(channel_pb2.EngineToFront(pong=message.ping))
                 continue
-            self._inbox.append(message)
+            self._inbox.append(Received(message, time.monotonic()))
             self._work.set()
         self._on_closed()
 

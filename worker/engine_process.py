@@ -89,7 +89,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
 def _first_message(channel: EngineChannel) -> dict[str, Any]:
     while True:
         channel.wait(60.0)
-        for message in channel.drain():
+        for message, _ in channel.drain():
             if message.WhichOneof("kind") == "start":
                 start: dict[str, Any] = json.loads(message.start)
                 return start
@@ -105,10 +105,10 @@ def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
 
 def _handle_messages(channel: EngineChannel, role: EngineRole) -> bool:
     """False: the front says stop."""
-    for message in channel.drain():
+    for message, at in channel.drain():
         if message.WhichOneof("kind") == "stop":
             return False
-        role.handle(message)
+        role.handle(message, at=at)
     return True
 
 

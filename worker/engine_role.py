@@ -7,6 +7,7 @@ knows the other. Every method runs on the scheduler's thread.
 import logging
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from engine.errors import EngineError, InvalidRequestError
 from engine.grammar.spec import Grammar, GrammarKind
@@ -93,6 +94,9 @@ class EngineRole(SchedulerRole):
         """Requests whose first output from here has not been sent."""
         self.pass_seconds = Histogram(PASS_S)
         """How long the scheduler's passes took that ran something; the engine's loop fills it."""
+        self._message_at = time.monotonic()
+        """When the message that is being handled came to the process: a wait for the step before
+        it is part of its request's queue, not of the network."""
         self._step = 0
         self._computed_tokens = 0
         self._last_status = 0.0
@@ -101,8 +105,10 @@ class EngineRole(SchedulerRole):
 
     # ---- messages -------------------------------------------------------------------------------
 
-    def handle(self, message: channel_pb2.FrontToEngine) -> None:
-        """One message of the front. A request's errors are reported, never raised."""
+    def handle(self, message: channel_pb2.FrontToEngine, *, at: float | None = None) -> None:
+        """One message of the front. A request's errors are reported, never raised. `at`: when it
+        came, time.monotonic() seconds; None: just now."""
+        self._message_at = time.monotonic() if at is None else at
         kind = message.WhichOneof("kind")
         if kind == "abort":
             self.abort(make_rid(message.abort.request_id, message.abort.attempt))
@@ -168,7 +174,7 @@ class EngineRole(SchedulerRole):
     def arrive(self, request: PlacedRequest) -> RequestId:
         """Notes a new request; `done` is its counterpart."""
         rid = make_rid(request.request_id, request.attempt)
-        self.arrivals[rid] = time.monotonic()
+        self.arrivals[rid] = self._message_at
         self._unreported.add(rid)
         logger.debug("request %s arrived in the engine", rid, extra={"request_id": rid})
         return rid
@@ -264,15 +270,21 @@ class EngineRole(SchedulerRole):
     def publish(self, result: StepResult) -> None:
         """Sends one pass's tokens in one message, then what failed and what is gone."""
         self._computed_tokens += result.num_input_tokens
-        if result.outputs:
-            self._step += 1
-            step = worker_pb2.StepOutput(step=self._step)
-            step.outputs.extend(self._to_proto(output) for output in result.outputs)
-            self.parts.channel.send(channel_pb2.EngineToFront(step=step))
+        self._send_outputs(result.outputs)
         for rid, error in result.errors:
             self.refuse(rid, error)
         for rid in result.released:
             self.on_released(rid)
+
+    def on_tokens_drawn(self) -> None:
+        self._send_outputs(self.scheduler.take_outputs())
+
+    def _send_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+        if outputs:
+            self._step += 1
+            step = worker_pb2.StepOutput(step=self._step)
+            step.outputs.extend(self._to_proto(output) for output in outputs)
+            self.parts.channel.send(channel_pb2.EngineToFront(step=step))
 
     def _to_proto(self, output: TokenOutput) -> worker_pb2.RequestOutput:
         request_id, attempt = split_rid(output.rid)

@@ -28,6 +28,7 @@ from engine.scheduler.role import SchedulerRole
 from engine.scheduler.schedule_batch import ScheduleBatch
 from engine.scheduler.shared_prefixes import SharedPrefixes
 from engine.scheduler.split_prefill import SplitPrefill
+from engine.scheduler.step_result import TokenOutput
 from engine.scheduler.validation import validate_memory, validate_request
 from engine.scheduler.waiting_room import WaitingRoom
 from engine.types import RequestId
@@ -227,6 +228,11 @@ class SchedulerRequests:
         yield from self.grammar_queue
         if self.chunked_req is not None:
             yield self.chunked_req
+
+    def take_outputs(self) -> list[TokenOutput]:
+        """Tokens drawn in this pass that nobody has taken; its `StepResult` lacks them then."""
+        outputs, self._lifecycle.events.outputs = self._lifecycle.events.outputs, []
+        return outputs
 
     def queue_lengths(self) -> dict[str, int]:
         """Live requests by where they are, each in one place: waiting, prebuilt (KV came, joins the

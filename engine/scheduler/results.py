@@ -1,5 +1,7 @@
 """Turns what the device drew into outputs, endings and handovers."""
 
+from collections.abc import Mapping, Sequence
+
 from engine.memory.pools import MemoryPools
 from engine.scheduler.in_flight import ExtendSpan, LaunchedStep, StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
@@ -40,6 +42,9 @@ class ResultProcessor:
         spans = step.spans
         if spans:
             take_prompt_logprobs(step.reqs, step.prompt_targets, result.prompt)
+        if not self._role.decodes:
+            self._process_prefills(step, tokens, logprobs, top)
+            return
         ended = self._lifecycle.on_step_ended
         outputs = self._lifecycle.events.outputs
         for i, (req, token, logprob) in enumerate(zip(step.reqs, tokens, logprobs, strict=True)):
@@ -58,28 +63,50 @@ class ResultProcessor:
                 outputs.append(TokenOutput(req.rid, token, len(req.output_ids) - 1))
                 continue
             if req.finish_reason is not None:
-                if i < len(spans) and not self._role.decodes:
-                    # Nobody told the role of these pages, so the tree must not lend them.
-                    req.kv_committed_len = min(req.kv_committed_len, spans[i].start)
                 ended(req)
                 continue
             req.in_flight -= 1
             if i < len(spans):
-                self._process_extend(req, spans[i], token, logprob, top.get(i, ()))
+                shown = None
+                if spans[i].draws:
+                    shown = self._take_token(req, token, logprob, top.get(i, ()))
+                self._process_extend(req, spans[i], token, shown)
             else:
                 self._take_token(req, token, logprob, top.get(i, ()))
                 if req.finish_reason is not None:
                     self._lifecycle.finish(req)
         return step
 
-    def _process_extend(
-        self, req: Req, span: ExtendSpan, token: int, logprob: float | None, top: Alternatives
+    def _process_prefills(
+        self,
+        step: LaunchedStep,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Mapping[int, Alternatives],
     ) -> None:
+        """On a prefill-only worker the tokens leave first: what follows from a prompt's end (seals,
+        the transfer, the tree) takes milliseconds, and no client need wait for those of its own
+        prompt, nor of the others in the step."""
+        drawn: dict[int, float | None] = {}
+        for i, (req, span) in enumerate(zip(step.reqs, step.spans, strict=False)):
+            if req.finish_reason is None and span.draws:
+                drawn[i] = self._take_token(req, tokens[i], logprobs[i], top.get(i, ()))
+        self._role.on_tokens_drawn()
+        for i, (req, span) in enumerate(zip(step.reqs, step.spans, strict=False)):
+            over = req.finish_reason
+            if over is FinishReason.ABORT or (over is not None and i not in drawn):
+                # Nobody told the role of these pages, so the tree must not lend them.
+                req.kv_committed_len = min(req.kv_committed_len, span.start)
+                self._lifecycle.on_step_ended(req)
+                continue
+            req.in_flight -= 1
+            self._process_extend(req, span, tokens[i], drawn.get(i))
+
+    def _process_extend(self, req: Req, span: ExtendSpan, token: int, shown: float | None) -> None:
         req.kv_ready_from, req.kv_ready_len = span.start, span.end
         if not span.draws:
             self._role.on_extend_result(req, prompt_done=False, token=None, logprob=None)
             return
-        shown = self._take_token(req, token, logprob, top)
         self._role.on_extend_result(req, prompt_done=True, token=token, logprob=shown)
         if req.finish_reason is FinishReason.ABORT:
             return  # by the role, just now; the next pass settles it

@@ -50,6 +50,11 @@ class SchedulerRole:
         `abort_request`, for this request or others.
         """
 
+    def on_tokens_drawn(self) -> None:
+        """Called on a prefill-only worker when a step has ended and its tokens are known, before
+        anything else is done about it: `Scheduler.take_outputs` gives them, to be sent at once. A
+        role that leaves them finds them in the pass's `StepResult`."""
+
     def on_layers_done(self, req: Req, *, layers: range, start: int, end: int) -> None:
         """Called when a part of an extend that runs a few layers at a time has ended: `layers` of
         the KV of positions `start .. end - 1` are computed, in `req.pages`, and may leave. Called
