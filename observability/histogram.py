@@ -57,5 +57,5 @@ class Histogram:
         buckets, seen = [], 0
         for bound, count in zip((*self.bounds, None), self.counts, strict=True):
             seen += count
-            buckets.append(("+Inf" if bound is None else f"{float(bound):g}", float(seen)))
+            buckets.append(("+Inf" if bound is None else str(float(bound)), float(seen)))
         return buckets

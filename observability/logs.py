@@ -63,4 +63,5 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # Escaped to ASCII: some readers break lines at characters that JSON leaves as they are.
+        return json.dumps(line, default=str)

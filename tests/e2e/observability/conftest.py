@@ -85,6 +85,12 @@ def end_of(cluster: Cluster, request_id: str) -> dict[str, Any]:
     return found()[0]
 
 
+def _goes_to_the_pair(cluster: Cluster) -> bool:
+    answer = cluster.complete(prompt=[5, 6, 7], max_tokens=2, temperature=0, ignore_eos=True)
+    worker: str = answer.json()["baton"]["decode_worker"]
+    return worker.startswith("decode-")
+
+
 @pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
     running = Collector()
@@ -98,4 +104,6 @@ def cluster(
 ) -> Iterator[Cluster]:
     flags = (*FLAGS, "--otlp-endpoint", f"http://127.0.0.1:{collector.port}")
     with running_cluster(slow_llama, tmp_path_factory.mktemp("observed"), *flags) as running:
+        # A deployment takes requests as soon as somebody can serve them; here the pair is to.
+        wait_for(lambda: _goes_to_the_pair(running), "a pair that serves", within_s=60.0)
         yield running
