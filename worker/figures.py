@@ -49,4 +49,5 @@ def to_message(histogram: Histogram) -> channel_pb2.HistogramCounts:
 
 
 def from_message(message: channel_pb2.HistogramCounts) -> Histogram:
-    return Histogram(message.bounds, counts=message.counts, total=message.sum)
+    """One without buckets has not been told yet: it is empty."""
+    return Histogram(message.bounds, counts=message.counts or None, total=message.sum)

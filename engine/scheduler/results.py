@@ -44,7 +44,7 @@ class ResultProcessor:
             take_prompt_logprobs(step.reqs, step.prompt_targets, result.prompt)
         if not self._role.decodes:
             self._process_prefills(step, tokens, logprobs, top)
-            return
+            return step
         ended = self._lifecycle.on_step_ended
         outputs = self._lifecycle.events.outputs
         for i, (req, token, logprob) in enumerate(zip(step.reqs, tokens, logprobs, strict=True)):
