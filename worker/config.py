@@ -6,7 +6,6 @@ from typing import Literal
 
 from engine.scheduler.config import SchedulePolicyName
 from engine.types import HostWritePolicy, KvCacheDtype, RadixEvictionPolicy
-from engine.types import HostWritePolicy, RadixEvictionPolicy
 from observability.logs import LogFormat
 from protos.tls import TlsSettings, check_pairs
 
