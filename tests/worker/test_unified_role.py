@@ -9,6 +9,7 @@ from kvtransfer.window import SlotCounts
 from protos.baton.v1 import channel_pb2, worker_pb2
 from tests.engine.scheduler.stub import EOS, Engine, make_req, undisturbed
 from unified_service.role import UnifiedRole
+from worker.config import WorkerConfig
 from worker.engine_role import RETRY_AFTER_FULL_S
 
 
@@ -26,6 +27,7 @@ class Worker:
         parts: Any = SimpleNamespace(
             agent=agent,
             channel=SimpleNamespace(send=self.said.append),
+            config=WorkerConfig(model="stub"),
             model_config=SimpleNamespace(eos_token_ids=[EOS]),
             memory=SimpleNamespace(allocator=SimpleNamespace(num_pages=32)),
         )
