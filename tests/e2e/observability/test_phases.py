@@ -41,7 +41,8 @@ def assert_siblings(phases: dict[str, float], *, one_token: bool = False) -> Non
     assert abs(sum(phases[p] for p in HANDOVER) - phases["handover"]) < 1.0, phases
     assert phases["ttft"] > 0
     assert phases["prefill"] > 0
-    assert (phases["handover"] == 0) == one_token
+    # It may be 0 without one_token, too: decode's second token can be there before prefill's first.
+    assert phases["handover"] == 0 or not one_token
 
 
 def fresh(length: int = 60) -> list[int]:
