@@ -18,7 +18,7 @@ from worker.config import WorkerConfig
 
 pytestmark = [pytest.mark.helm, pytest.mark.timeout(600)]
 
-OPERATORS = {"Certificate", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+OPERATORS = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
 """Kinds of add-ons, whose schemas Kubernetes does not know."""
 
 VALID: set[tuple[str, str]] = set()
