@@ -133,7 +133,9 @@ async def one_at_a_time(address: str, lengths: list[int], vocab: int) -> list[di
 
 async def arrivals(address: str, rate: float, duration: float, vocab: int) -> dict[str, Any]:
     plan = poisson(rate, duration)
-    prompts = [[t % (vocab - 10) + 5 for t in p] for p in tokens([i for _, i, _ in plan])]
+    # Other tokens at each rate: the same ones would be hits in the prefix caches.
+    drawn = tokens([length for _, length, _ in plan], seed=1 + round(rate * 1000))
+    prompts = [[t % (vocab - 10) + 5 for t in p] for p in drawn]
     async with AsyncClient(address) as client:
         begin = time.perf_counter()
         tasks = []
