@@ -8,6 +8,7 @@ import pytest
 
 from baton.cli import cli, main
 from baton.tables import byte_size
+from protos.version import PROTOCOL_VERSION
 from tests.baton.scripted import ScriptedInference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("arguments", "message"),
     [
         (["up", "--page-size", "x"], "flag --page-size: page_size must be a whole number"),
-        (["up", "--transport", "pigeon"], "transport must be one of auto, nixl, grpc"),
+        (["up", "--transport", "pigeon"], "transport must be one of auto, cuda_ipc, nixl, grpc"),
         (["up", "--prefill", "0"], "prefill and decode serve together"),
         (["up", "--pagesize", "1"], "No such option '--pagesize'"),
         (["up", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
@@ -109,7 +110,7 @@ def test_generate_says_why_it_was_refused(address: str, capsys: pytest.CaptureFi
 
 def test_the_version_names_the_protocol(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == "baton 0.1.0 (protocol 1)\n"
+    assert capsys.readouterr().out == f"baton 0.1.0 (protocol {PROTOCOL_VERSION})\n"
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))
