@@ -1,11 +1,19 @@
-"""What an engine counts, as a message to its front: plain numbers, no monitoring system's types."""
+"""What an engine counts, as a message to its front: plain numbers, no monitoring system's types.
+
+Both ends of the channel read this module, and a front must not load torch for it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from engine.scheduler.scheduler import Scheduler
-from kvtransfer.agent import TransferStats
 from observability.histogram import Histogram
 from protos.baton.v1 import channel_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from engine.scheduler.scheduler import Scheduler
+    from kvtransfer.agent import TransferStats
 
 
 def engine_figures(
