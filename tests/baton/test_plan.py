@@ -7,6 +7,8 @@ import pytest
 
 from baton.config import Scalar, SettingsError
 from baton.plan import Plan, count_gpus, make_plan
+from baton.processes import child_command, child_secrets
+from router.config import RouterConfig
 
 
 @pytest.fixture
@@ -145,3 +147,9 @@ def test_what_makes_no_sense_is_refused(model: str, given: dict[str, Scalar]) ->
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is no directory"):
         plan(str(tmp_path / "nowhere"))
+
+
+def test_a_password_is_in_no_childs_command_line() -> None:
+    config = RouterConfig(redis_url="redis://user:a-password@127.0.0.1:6379/0")
+    assert "a-password" not in " ".join(child_command("router", config))
+    assert child_secrets(config) == {"BATON_REDIS_URL": config.redis_url}

@@ -302,7 +302,8 @@ def test_no_log_holds_a_secret(secured: Secured) -> None:
     assert len(log) > 1000
     secrets = [*secured.keys.values()]
     secrets += [key.rpartition("_")[2] for key in secured.keys.values()]
-    secrets += [line for line in secured.part.key.read_text().splitlines()[1:-1] if line]
+    # Its last line may be a letter or two, which any log holds.
+    secrets += [line for line in secured.part.key.read_text().splitlines() if len(line) > 32]
     for secret in secrets:
         assert secret not in log
     assert not re.search(r"bearer\s+\S|BEGIN [A-Z ]*PRIVATE KEY", log, re.IGNORECASE)
