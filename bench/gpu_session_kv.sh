@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The KV handover on a machine with two GPUs, in one call of at most 150 s: cuda_ipc's tests on real
+# The KV handover on a machine with two GPUs, in one call (its limits add up to 225 s): cuda_ipc's tests on real
 # GPUs, kv_handover.py, and end_to_end.py at 30 requests/s over cuda_ipc and over NIXL. Wheels that
 # the machine lacks lie in .whl, or unpacked in .carry/site.txz; results go to $OUT.
 set -u
