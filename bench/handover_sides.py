@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -155,6 +156,11 @@ class Front:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
 
+def as_in_an_engine() -> None:
+    """An engine's threads take turns as often (worker/engine_process.py)."""
+    sys.setswitchinterval(0.0005)
+
+
 def make_side(
     transport: Transport,
     *,
@@ -182,6 +188,7 @@ class Reader:
     """Decode's side: grants, copies out, checks."""
 
     def __init__(self, pipe: Connection, device: torch.device, tokens: int) -> None:
+        as_in_an_engine()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -323,6 +330,7 @@ class Writer:
     """Prefill's side: seals, pushes, measures."""
 
     def __init__(self, pipe: Connection, memory: torch.Tensor) -> None:
+        as_in_an_engine()
         if memory.device.type == "cpu":
             torch.set_num_threads(1)
         self._pipe, self._memory = pipe, memory

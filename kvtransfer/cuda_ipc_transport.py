@@ -1,16 +1,13 @@
-"""cuda_ipc: two GPUs of one host, or two processes on one, and nothing between them but a kernel.
+"""cuda_ipc: two GPUs of one host, or two processes on one, and nothing between them but a copy.
 
 The receiver's landing window is an allocation of its own, which the writer maps once, when the two
-are joined. A write is one kernel: it reads the source pages, writes them into the peer's slots
-and digests what it wrote; the digests are compared with the seals before the peer hears of the
-pages. NIXL needs a pass over the pages before it sends for that, and large blocks to be fast; this
-takes pages of any size at the speed of the link.
+are joined. A write is a few copies by the GPU's copy engines (kvtransfer/peer_copy.py).
 
 What keeps it honest:
 
-- A kernel that has ended has made its writes visible to the peer's device, and the message leaves
-  only after that. A window's owner that has died leaves the memory to those who have it mapped, so
-  a kernel under way hits nothing else; the mapping is closed when the last one has ended.
+- A copy that has ended is visible to the peer's device, and the message leaves only after that. A
+  window's owner that has died leaves the memory to those who have it mapped, so a copy under way
+  hits nothing else; the mapping is closed when the last one has ended.
 - Writers cannot be called back: whoever was granted a slot may write it until it has said that it
   will not, or has exited. The window is never freed before the process ends.
 - Only processes of one host and one PID namespace can be joined, and the kernel (Unix sockets'
@@ -26,16 +23,14 @@ from typing import Any, ClassVar
 import torch
 
 from kvtransfer.cuda_memory import close_window, export_window, open_window
-from kvtransfer.digest import triton_installed
 from kvtransfer.errors import TransportError, TransportUnavailableError
 from kvtransfer.host import pid_namespace
 from kvtransfer.layout import PageLayout
 from kvtransfer.local_link import LinkAddress, LocalLinks
-from kvtransfer.peer_copy import ALIGNMENT_BYTES, PeerCopier, PendingCopy
+from kvtransfer.peer_copy import PeerCopier, PendingCopy
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
-    SealCheck,
     Transport,
     TransportEvent,
     WriteDone,
@@ -80,7 +75,6 @@ class _Flight:
     write_id: WriteId
     peer: str
     copy: PendingCopy
-    check: SealCheck | None
     message: bytes
 
 
@@ -95,8 +89,6 @@ def unavailable_reason(device: torch.device) -> str:
     """Why cuda_ipc cannot be used by an engine on `device`; empty where it can."""
     if device.type != "cuda":
         return f"it joins GPUs, and this worker computes on {device.type}"
-    if not triton_installed():
-        return "its kernel needs Triton, which is not installed"
     if not pid_namespace():
         return "this system does not tell its PID namespace"
     return ""
@@ -110,7 +102,6 @@ class CudaIpcTransport(Transport):
     writes_polled: ClassVar[bool] = True
     loss_ends_writes: ClassVar[bool] = False
     writes_parts: ClassVar[bool] = True
-    checks_seals: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -134,7 +125,7 @@ class CudaIpcTransport(Transport):
         self._layout = layout
         try:
             self._exported = None if landing is None else export_window(landing)
-            self._writer = None if pool is None else _Writer(PeerCopier(pool, layout))
+            self._writer = None if pool is None else _Writer(PeerCopier(pool))
         except (TransportError, ValueError, RuntimeError) as error:
             raise TransportUnavailableError(
                 f"transport cuda_ipc does not start: {error}"
@@ -220,7 +211,7 @@ class CudaIpcTransport(Transport):
                 pass
             case _:
                 raise TransportError(f"peer {peer} offers no landing window for cuda_ipc")
-        if slot_bytes < 1 or slot_bytes % ALIGNMENT_BYTES:
+        if slot_bytes < 1:
             raise TransportError(f"peer {peer} has slots of {slot_bytes} bytes")
         try:
             address = open_window(bytes.fromhex(handle), self._device)
@@ -256,53 +247,21 @@ class CudaIpcTransport(Transport):
         *,
         part: tuple[int, int] | None = None,
     ) -> WriteId:
-        return self._start(peer, copies, message, None, part)
-
-    def write_checked(
-        self,
-        peer: str,
-        copies: Sequence[tuple[int, int]],
-        message: bytes,
-        check: SealCheck,
-        *,
-        part: tuple[int, int] | None = None,
-    ) -> WriteId:
-        return self._start(peer, copies, message, check, part)
-
-    def _start(
-        self,
-        peer: str,
-        copies: Sequence[tuple[int, int]],
-        message: bytes,
-        check: SealCheck | None,
-        part: tuple[int, int] | None,
-    ) -> WriteId:
         entry = self._peers.get(peer)
         if entry is None or entry.closing or not entry.windows or self._writer is None:
             raise TransportError(f"cuda_ipc has no landing window of peer {peer}")
         if not copies or not all(0 <= page < self._pages for page, _ in copies):
             raise TransportError("source pages outside the pool")
-        layout = self._layout
-        places = [(page, entry.place(slot, layout.page_bytes)) for page, slot in copies]
-        valid = [layout.page_size] * len(copies) if check is None else list(check.valid_tokens)
-        copy = self._writer.copier.start(
-            places,
-            valid,
-            rows=None if part is None else self._rows(part),
-            digest_all=check is not None,
-        )
+        page_bytes = self._layout.page_bytes
+        if part is not None and not 0 <= part[0] < part[1] <= page_bytes:
+            raise TransportError(f"bytes {part} of pages of {page_bytes} bytes")
+        places = [(page, entry.place(slot, page_bytes)) for page, slot in copies]
+        copy = self._writer.copier.start(places, part)
         write_id = WriteId(self._next_write)
         self._next_write += 1
         entry.writes += 1
-        self._writer.flights.append(_Flight(write_id, peer, copy, check, message))
+        self._writer.flights.append(_Flight(write_id, peer, copy, message))
         return write_id
-
-    def _rows(self, part: tuple[int, int]) -> tuple[int, int]:
-        first, end = part
-        row_bytes = self._layout.row_bytes
-        if first % row_bytes or end % row_bytes or not 0 <= first < end <= self._layout.page_bytes:
-            raise TransportError(f"bytes {part} are no whole layers of a page")
-        return first // row_bytes, end // row_bytes
 
     def send(self, peer: str, message: bytes) -> None:
         if peer not in self._peers:
@@ -323,19 +282,10 @@ class CudaIpcTransport(Transport):
         return events
 
     def _end(self, flight: _Flight) -> None:
-        failure, mismatch = "", False
-        if flight.check is not None:
-            wrong = flight.check.first_wrong(flight.copy.seals())
-            if wrong is not None:
-                failure = f"source page {wrong} of the write is not what was sealed"
-                mismatch = True
-        if not failure:
-            try:
-                self.send(flight.peer, flight.message)
-            except TransportError as error:
-                failure = error.message
-        if failure:
-            self._events.append(WriteFailed(flight.write_id, failure, mismatch=mismatch))
+        try:
+            self.send(flight.peer, flight.message)
+        except TransportError as error:
+            self._events.append(WriteFailed(flight.write_id, error.message))
         else:
             self._events.append(WriteDone(flight.write_id))
         entry = self._peers[flight.peer]
@@ -346,7 +296,7 @@ class CudaIpcTransport(Transport):
         return self._writer is not None and bool(self._writer.flights)
 
     def close(self) -> None:
-        """Waits for the kernels under way, some milliseconds at most."""
+        """Waits for the copies under way, some milliseconds at most."""
         for flight in self._writer.flights if self._writer is not None else ():
             flight.copy.wait()
         self._links.close()

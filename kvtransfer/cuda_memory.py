@@ -62,7 +62,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_driver(), name)(*arguments)
+    _check(name, getattr(_driver(), name)(*arguments))
+
+
+def _check(name: str, status: int) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
@@ -126,7 +129,7 @@ def export_window(window: torch.Tensor) -> bytes:
 
 
 def open_window(handle: bytes, device: torch.device) -> int:
-    """Maps a peer's window for kernels of `device`; its address here. One byte of it is read, so
+    """Maps a peer's window for writes of `device`; its address here. One byte of it is read, so
     that a mapping which does not work shows now and not under a request. Raises TransportError:
     the peer's device is not reachable, or the handle is this process's own."""
     if len(handle) != HANDLE_BYTES:
@@ -147,8 +150,27 @@ def open_window(handle: bytes, device: torch.device) -> int:
     return address.value
 
 
+def copy_async(target: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    """Copies `size` bytes between two addresses of device memory, behind what the stream does, by
+    a copy engine: no kernel takes part. The stream's device must be the current one. Raises
+    TransportError where it cannot start.
+    """
+    # Holding the GIL: the call takes microseconds, getting the GIL back may take many more.
+    status = _copy()(target, source, size, stream.cuda_stream)
+    if status:
+        _check("cuMemcpyDtoDAsync", status)
+
+
+@cache
+def _copy() -> Any:
+    function = ctypes.PyDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
+    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
 def close_window(address: int, device: torch.device) -> None:
-    """Ends a mapping; no kernel may be using it. A dead peer's memory stays until then."""
+    """Ends a mapping; no write may be using it. A dead peer's memory stays until then."""
     with _context(device):
         _call("cuIpcCloseMemHandle", address)
 

@@ -167,14 +167,14 @@ def triton_installed() -> bool:
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """A stream for each thread and device, ahead of the steps' stream where both have work."""
     streams: dict[torch.device, torch.cuda.Stream]
     streams = _streams.__dict__.setdefault("by_device", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     with torch.cuda.device(device), torch.cuda.stream(streams[device]):
-        yield
+        yield streams[device]
 
 
 _streams = threading.local()
@@ -193,7 +193,8 @@ def _launch(
     """One kernel over all rows of all pages; each byte is read once."""
     count = len(source_pages)
     row_weights, word_weights = device_weights(layout, target.device)
-    table = torch.tensor([source_pages, target_pages, valid_tokens], pin_memory=True)
+    numbers = np.array([source_pages, target_pages, valid_tokens], dtype=np.int64)
+    table = torch.from_numpy(numbers).pin_memory()
     parts = torch.empty((count, layout.rows), dtype=torch.int64, device=target.device)
     kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
     kernels.copy_and_digest_kernel[(count, layout.rows)](

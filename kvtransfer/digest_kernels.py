@@ -4,7 +4,9 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["count"]  # else it is compiled anew where that is 1 or a multiple of 16
+)
 def copy_and_digest_kernel(  # type: ignore[no-untyped-def]
     source,
     target,
@@ -41,7 +43,9 @@ def copy_and_digest_kernel(  # type: ignore[no-untyped-def]
     tl.store(parts + item.to(tl.int64) * rows + row, part)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["table_width"]
+)
 def land_and_digest_kernel(  # type: ignore[no-untyped-def]
     window,
     pool,

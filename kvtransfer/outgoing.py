@@ -6,9 +6,11 @@ runs out.
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from kvtransfer.pool_sealer import PendingSeals
 from kvtransfer.states import TransferFailure, TransferState
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import WriteId
@@ -24,6 +26,9 @@ MAX_TOMBSTONES = 65_536
 
 TicketKey = tuple[str, int]
 """(decode instance, ticket id)."""
+
+WriteKey = tuple[str, WriteId]
+"""(transport, its id for the write)."""
 
 
 def beat_s(lease_s: float) -> float:
@@ -68,7 +73,7 @@ class Outgoing:
     pending: deque[SourcePage] = field(default_factory=deque)
     early: dict[int, Early] = field(default_factory=dict)
     """By position."""
-    writes: set[tuple[str, WriteId]] = field(default_factory=set)
+    writes: set[WriteKey] = field(default_factory=set)
     pages: int = 0
     """In writes that were begun."""
     pages_written: int = 0
@@ -114,6 +119,32 @@ class Outgoing:
             return f"no end of a write for {lease_s:g} s"
         if now - self.last_heard > lease_s:
             return f"nothing from decode for {lease_s:g} s"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One write of a transfer, until it has ended and its source pages were compared."""
+
+    out: Outgoing
+    pages: Sequence[SourcePage] = ()
+    """Announced by it; none where it only carries layers that were ready early."""
+    early: Sequence[Early] = ()
+    """Pages of which it carries such layers."""
+    check: PendingSeals | None = None
+    """What its source pages hold as they leave; None: nobody asks."""
+
+    @property
+    def checked(self) -> bool:
+        return self.check is None or self.check.ended()
+
+    def spoilt(self) -> str:
+        """What is wrong with the source pages; empty where nothing is."""
+        if self.check is None:
+            return ""
+        for page, seal in zip(self.pages, self.check.seals(), strict=True):
+            if seal != page.seal:
+                return f"source page at position {page.position} changed after it was sealed"
         return ""
 
 

@@ -1,36 +1,25 @@
-"""Writing pages into a peer's mapped memory, and digesting them on the way, in one kernel.
+"""Writing pages into a peer's mapped memory, by the copy engines.
 
-A pass of its own over the source pages, as other transports need before they send, is saved: what
-is compared with the seal is what left, word for word.
+A page is one block, and neighbouring pages in neighbouring slots are one copy, so the engines run
+at the speed of the link, and take no multiprocessor from the model. A kernel that writes the peer's
+memory and digests what it writes in the same pass was built first and measured beside this
+(bench/README.md): it is slower up to 256 MiB, and competes with prefill's.
 """
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from kvtransfer.digest import device_weights, seals_of
-from kvtransfer.layout import WORD_BYTES, PageLayout
-
-ALIGNMENT_BYTES = 16
-"""A thread moves as much at a time, so rows and slots must begin at multiples of it."""
-
-_BLOCK_WORDS = 2048
-"""Words that a program of the kernel takes at a time."""
-
-_CHUNK_WORDS = 4 * _BLOCK_WORDS
-"""Words of a row that a program takes in all: enough programs for few pages, few sums for many."""
+from kvtransfer.cuda_memory import copy_async
+from kvtransfer.errors import TransportError
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PendingCopy:
-    """A kernel on its way; keeps alive what it uses."""
+    """Copies on their way."""
 
     _event: torch.cuda.Event
-    _sums: torch.Tensor
-    _used: tuple[torch.Tensor, ...]
 
     def ended(self) -> bool:
         """Whether everything has landed at the peer. Raises RuntimeError for an error of the
@@ -41,72 +30,50 @@ class PendingCopy:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def seals(self) -> list[bytes]:
-        """Of the pages that were written, as they were read; only once it has `ended`."""
-        return seals_of(self._sums.view(-1, 1))
-
 
 class PeerCopier:
-    """Launches copies from one pool, on a stream of its own."""
+    """Starts copies from one pool, on a stream of its own."""
 
-    def __init__(self, pool: torch.Tensor, layout: PageLayout) -> None:
-        """`pool`: [pages, page_bytes] uint8 on CUDA. Compiles the kernel, which takes seconds the
-        first time on a machine. Raises ValueError for a layout that the kernel cannot move."""
-        if layout.row_bytes % ALIGNMENT_BYTES:
-            raise ValueError(f"rows of {layout.row_bytes} bytes: no multiple of {ALIGNMENT_BYTES}")
-        self._pool = pool
-        self._layout = layout
-        self._words = pool.view(torch.int32)
-        # Ahead of the steps where both have work: it is short, and a request waits for it.
+    def __init__(self, pool: torch.Tensor) -> None:
+        """`pool`: [pages, page_bytes] uint8 on CUDA."""
+        self._device = pool.device
+        self._base = pool.data_ptr()
+        self._page_bytes = int(pool.shape[1])
         self._stream = torch.cuda.Stream(pool.device, priority=-1)  # type: ignore[no-untyped-call]
-        self._kernels: Any = importlib.import_module("kvtransfer.push_kernels")
-        own = torch.empty(layout.page_bytes, dtype=torch.uint8, device=pool.device)
-        self.start([(0, own.data_ptr())], [layout.page_size]).wait()
 
     def start(
-        self,
-        copies: Sequence[tuple[int, int]],
-        valid_tokens: Sequence[int],
-        *,
-        rows: tuple[int, int] | None = None,
-        digest_all: bool = True,
+        self, copies: Sequence[tuple[int, int]], part: tuple[int, int] | None = None
     ) -> PendingCopy:
-        """Copies (page, address of its slot) pairs, valid tokens only. `rows`: `first .. end - 1`
-        of each page alone; then `digest_all` says whether the other rows are read, too, so that
-        the digest is of the whole page. Does not wait for anything: whoever wrote the pages must
-        have waited for that.
+        """Copies (page, address of its slot) pairs; `part`: bytes `first .. end - 1` of each alone.
+        Waits for nothing: whoever wrote the pages must have waited for that. Raises TransportError
+        where a copy cannot start, once those before it have ended.
         """
-        layout, device = self._layout, self._pool.device
-        first, end = rows if rows is not None else (0, layout.rows)
-        read_first, read_end = (0, layout.rows) if digest_all else (first, end)
-        row_words = layout.row_bytes // WORD_BYTES
-        chunk = min(_CHUNK_WORDS, -(-row_words // _BLOCK_WORDS) * _BLOCK_WORDS)
-        pages, addresses = zip(*copies, strict=True)
-        host = torch.tensor([pages, addresses, valid_tokens], dtype=torch.int64, pin_memory=True)
-        sums = torch.empty(len(copies), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.device(device), torch.cuda.stream(self._stream):
-            row_weights, word_weights = device_weights(layout, device)
-            table = host.to(device, non_blocking=True)
-            on_device = torch.zeros(len(copies), dtype=torch.int64, device=device)
-            grid = (len(copies), read_end - read_first, -(-row_words // chunk))
-            self._kernels.push_and_digest_kernel[grid](
-                self._words,
-                table,
-                on_device,
-                row_weights,
-                word_weights,
-                len(copies),
-                layout.rows,
-                read_first,
-                first,
-                end,
-                row_words,
-                layout.token_bytes // WORD_BYTES,
-                CHUNK=chunk,
-                BLOCK=_BLOCK_WORDS,
-                num_warps=8,
-            )
-            sums.copy_(on_device, non_blocking=True)
+        first, end = part or (0, self._page_bytes)
+        with torch.cuda.device(self._device):
+            try:
+                for page, address, count in joined(copies, self._page_bytes, whole=part is None):
+                    source = self._base + page * self._page_bytes + first
+                    size = count * self._page_bytes if part is None else end - first
+                    copy_async(address + first, source, size, self._stream)
+            except TransportError:
+                self._stream.synchronize()
+                raise
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return PendingCopy(event, sums, (host, table, on_device))
+        return PendingCopy(event)
+
+
+def joined(
+    copies: Sequence[tuple[int, int]], page_bytes: int, *, whole: bool
+) -> list[tuple[int, int, int]]:
+    """(first page, its address, how many): neighbours at both ends are one copy where `whole`
+    pages are copied."""
+    runs: list[tuple[int, int, int]] = []
+    for page, address in copies:
+        if whole and runs:
+            first, start, count = runs[-1]
+            if (page, address) == (first + count, start + count * page_bytes):
+                runs[-1] = (first, start, count + 1)
+                continue
+        runs.append((page, address, 1))
+    return runs

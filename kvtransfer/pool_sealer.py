@@ -1,12 +1,25 @@
 """The digests of source pages, when they are sealed and again when they leave."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from kvtransfer.digest import digest_pages, seals_of
+from kvtransfer.digest import digest_pages, own_stream, queue_digests, seals_of
 from kvtransfer.layout import PageLayout
+
+
+class PendingSeals(Protocol):
+    """Seals that may still be computed."""
+
+    def ended(self) -> bool:
+        """Whether they are known; never waits."""
+        ...
+
+    def seals(self) -> list[bytes]:
+        """In the order asked for; waits where they have not `ended`."""
+        ...
 
 
 class Sealer(Protocol):
@@ -15,6 +28,40 @@ class Sealer(Protocol):
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         """Seals of pool pages as they are now; waits for the device."""
         ...
+
+    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+        """The same without waiting for a device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KnownSeals:
+    """`PendingSeals` that were computed at once."""
+
+    known: list[bytes]
+
+    def ended(self) -> bool:
+        return True
+
+    def seals(self) -> list[bytes]:
+        return self.known
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedSeals:
+    """`PendingSeals` of a stream of a GPU."""
+
+    _digests: torch.Tensor
+    """In pinned memory."""
+    _event: torch.cuda.Event
+
+    def ended(self) -> bool:
+        ended: bool = self._event.query()  # type: ignore[no-untyped-call]
+        return ended
+
+    def seals(self) -> list[bytes]:
+        self._event.synchronize()
+        return seals_of(self._digests)
 
 
 class PoolSealer:
@@ -27,3 +74,14 @@ class PoolSealer:
 
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         return seals_of(digest_pages(self._pool, pages, valid_tokens, self._layout))
+
+    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+        if self._pool.device.type == "cpu":
+            return KnownSeals(self.seals(pages, valid_tokens))
+        with own_stream(self._pool.device) as stream:
+            digests = queue_digests(self._pool, pages, valid_tokens, self._layout)
+            here = torch.empty(digests.shape, dtype=digests.dtype, pin_memory=True)
+            here.copy_(digests, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return QueuedSeals(here, event)

@@ -1,9 +1,10 @@
 """Prefill's side of the handover: pages go out as credits allow, and stay owned until decode has
 acknowledged them or every write has ended.
 
-Runs on the transfer thread alone. Pages are digested again right before they leave (or as they do,
-by a transport that can), on this thread (on CUDA, on its own stream): so late that a page which was
-freed and reused while it waited for credit is caught, and without the scheduler waiting for it.
+Runs on the transfer thread alone. Pages are digested once more as they leave: so late that a page
+which was freed and reused while it waited for credit is caught. On CUDA a stream of its own does
+that beside the wire, and a transfer is not complete before each digest was compared: decode, which
+compares its own, hears of the pages no later for it.
 """
 
 from collections import deque
@@ -17,18 +18,27 @@ from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent, is_probe
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
-from kvtransfer.outgoing import CreditNews, Early, Outgoing, TicketKey, Tombstones, beat_s
-from kvtransfer.pool_sealer import PoolSealer, Sealer
+from kvtransfer.outgoing import (
+    CreditNews,
+    Early,
+    Outgoing,
+    TicketKey,
+    Tombstones,
+    Write,
+    WriteKey,
+    beat_s,
+)
+from kvtransfer.pool_sealer import PendingSeals, PoolSealer, Sealer
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
-from kvtransfer.transport import SealCheck, WriteId
+from kvtransfer.transport import WriteId
 from protos.baton.v1 import kv_pb2
 
-MAX_WRITE_PAGES = 32
-WRITE_BYTES = 256 << 20
-"""Most pages of a write, and about as many bytes. Each write costs about a millisecond besides the
-wire (its digest is waited for, its message handled): with 64 MiB a write, 256 MiB took 6.4 ms
-between two H200s, and 1.3 ms without digests (bench/README.md)."""
+MAX_WRITE_PAGES = 64
+WRITE_BYTES = 128 << 20
+"""Most pages of a write, and about as many bytes: 0.35 ms between two H200s. A write costs both
+hosts a few tenths of a millisecond beside that, and only the last one's check is waited for, so
+larger ones would put it off and smaller ones keep the threads from keeping up."""
 
 
 class Sender:
@@ -61,8 +71,9 @@ class Sender:
         self._sealer = sealer
         self._by_request: dict[str, Outgoing] = {}
         self._by_key: dict[TicketKey, Outgoing] = {}
-        self._writes: dict[tuple[str, WriteId], tuple[Outgoing, int]] = {}
-        self._early_writes: dict[tuple[str, WriteId], list[Early]] = {}
+        self._writes: dict[WriteKey, Write] = {}
+        self._unchecked: dict[WriteKey, Write] = {}
+        """They have ended, and the digests of their source pages are not known yet."""
         self._tombstones = Tombstones()
         self._peer_written: dict[str, float] = {}
         """Peer -> when a write to it last ended."""
@@ -164,8 +175,7 @@ class Sender:
             key = (transport.name, write)
             out.writes.add(key)
             out.last_sent = out.last_written = self._clock()
-            self._writes[key] = (out, 0)
-            self._early_writes[key] = some
+            self._writes[key] = Write(out, early=some)
 
     def _early_page(
         self, out: Outgoing, position: int, page: int, first_layer: int
@@ -270,38 +280,60 @@ class Sender:
             self._fail(out, failure, message.failed.detail)
 
     def on_write_done(self, transport: str, write_id: WriteId) -> None:
-        out = self._end_write(transport, write_id, done=True)
-        if out is None:
+        key = (transport, write_id)
+        write = self._writes.pop(key, None)
+        if write is None:
             return
-        if out.state == TransferState.FAILED:
-            self._settle_failed(out)
+        self._note_end(write)
+        if write.checked:
+            self._settle_write(key, write)
         else:
-            self._pump(out)
+            self._unchecked[key] = write
 
     def on_write_failed(
         self, transport: str, write_id: WriteId, failure: TransferFailure, reason: str
     ) -> None:
-        out = self._end_write(transport, write_id, done=False)
-        if out is None:
+        key = (transport, write_id)
+        write = self._writes.pop(key, None)
+        if write is None:
             return
+        self._note_end(write)
+        write.out.writes.discard(key)
+        self._fail_or_settle(write.out, failure, reason)
+
+    def _note_end(self, write: Write) -> None:
+        out = write.out
+        out.last_written = self._peer_written[out.ticket.instance_id] = self._clock()
+        for early in write.early:
+            early.writes -= 1
+
+    @property
+    def checking(self) -> bool:
+        """Whether writes have ended whose digests only polling shows."""
+        return bool(self._unchecked)
+
+    def poll(self) -> bool:
+        """Takes up digests that are known by now; whether there were any."""
+        known = [key for key, write in self._unchecked.items() if write.checked]
+        for key in known:
+            self._settle_write(key, self._unchecked.pop(key))
+        return bool(known)
+
+    def _settle_write(self, key: WriteKey, write: Write) -> None:
+        out, spoilt = write.out, write.spoilt()
+        out.writes.discard(key)
+        if spoilt or out.state == TransferState.FAILED:
+            self._fail_or_settle(out, TransferFailure.MISMATCH, spoilt)
+            return
+        out.pages_written += len(write.pages)
+        self.bytes_sent += len(write.pages) * self._layout.page_bytes
+        self._pump(out)
+
+    def _fail_or_settle(self, out: Outgoing, failure: TransferFailure, reason: str) -> None:
         if out.state == TransferState.FAILED:
             self._settle_failed(out)
         else:
             self._fail(out, failure, reason)
-
-    def _end_write(self, transport: str, write_id: WriteId, *, done: bool) -> Outgoing | None:
-        entry = self._writes.pop((transport, write_id), None)
-        if entry is None:
-            return None
-        out, pages = entry
-        out.writes.discard((transport, write_id))
-        out.last_written = self._peer_written[out.ticket.instance_id] = self._clock()
-        for early in self._early_writes.pop((transport, write_id), ()):
-            early.writes -= 1
-        if done:
-            out.pages_written += pages
-            self.bytes_sent += pages * self._layout.page_bytes
-        return out
 
     def on_peer_gone(self, peer: str, reason: str, *, proven_dead: bool) -> None:
         """The peer is unreachable. With `proven_dead` its process has exited, so that whatever a
@@ -313,7 +345,7 @@ class Sender:
             if proven_dead and out.ticket.request_id in self._by_request:
                 for write in out.writes:
                     self._writes.pop(write, None)
-                    self._early_writes.pop(write, None)
+                    self._unchecked.pop(write, None)
                 out.writes.clear()
                 self._settle_failed(out)
 
@@ -339,8 +371,7 @@ class Sender:
 
     def _pump(self, out: Outgoing) -> None:
         while out.state != TransferState.FAILED and (pages := self._next_pages(out)):
-            if self._sealed(out, pages):
-                self._write(out, pages)
+            self._write(out, pages)
         finished = out.first_token is not None and not out.pending and not out.writes
         if finished and not out.complete_sent and out.state != TransferState.FAILED:
             out.complete_sent = True
@@ -363,22 +394,11 @@ class Sender:
         whole = (page for page in out.pending if page.position not in out.early)
         return list(islice(whole, min(len(out.credits), self._write_pages)))
 
-    def _checks(self, out: Outgoing) -> bool:
-        return self._verify and not is_probe(out.ticket.request_id)
-
-    def _sealed(self, out: Outgoing, pages: list[SourcePage]) -> bool:
-        """Whether the pages still hold what was sealed; fails the transfer otherwise."""
-        transport = self._links.get(out.ticket.instance_id)
-        if not self._checks(out) or self._sealer is None or (transport and transport.checks_seals):
-            return True  # in the last case the transport sees to it
+    def _start_check(self, out: Outgoing, pages: list[SourcePage]) -> PendingSeals | None:
+        if not self._verify or self._sealer is None or is_probe(out.ticket.request_id):
+            return None
         valid = [page.valid_tokens for page in pages]
-        seals = self._sealer.seals([page.page for page in pages], valid)
-        for page, seal in zip(pages, seals, strict=True):
-            if seal != page.seal:
-                detail = f"source page at position {page.position} changed after it was sealed"
-                self._fail(out, TransferFailure.MISMATCH, detail)
-                return False
-        return True
+        return self._sealer.start([page.page for page in pages], valid)
 
     def _write(self, out: Outgoing, pages: list[SourcePage]) -> None:
         begun = [out.early[page.position] for page in pages if page.position in out.early]
@@ -393,13 +413,16 @@ class Sender:
         if transport is None:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
             return
+        check = self._start_check(out, pages)
+        write = Write(out, pages, check=check)
+        if write.checked and (spoilt := write.spoilt()):
+            self._fail(out, TransferFailure.MISMATCH, spoilt)
+            return
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
-        peer, data = out.ticket.instance_id, message.SerializeToString()
         try:
-            if self._checks(out) and transport.checks_seals:
-                write = transport.write_checked(peer, copies, data, SealCheck.of(pages), part=part)
-            else:
-                write = transport.write(peer, copies, data, part=part)
+            write_id = transport.write(
+                out.ticket.instance_id, copies, message.SerializeToString(), part=part
+            )
         except TransportError as error:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
             return
@@ -409,9 +432,10 @@ class Sender:
                 out.credits.popleft()
         out.state = advance(out.state, Trigger.PAGES) or out.state
         out.pages += len(pages)
-        out.writes.add((transport.name, write))
+        key = (transport.name, write_id)
+        out.writes.add(key)
         out.last_sent = out.last_written = self._clock()
-        self._writes[(transport.name, write)] = (out, len(pages))
+        self._writes[key] = write
 
     def _fail(self, out: Outgoing, failure: TransferFailure, detail: str) -> None:
         state = advance(out.state, Trigger.FAILURE)

@@ -13,7 +13,6 @@ from typing import ClassVar, NewType
 import torch
 
 from kvtransfer.errors import TransportError
-from kvtransfer.ticket import SourcePage
 
 WriteId = NewType("WriteId", int)
 """Unique within one transport's life."""
@@ -41,28 +40,6 @@ class WriteFailed:
 
     write_id: WriteId
     reason: str
-    mismatch: bool = False
-    """A source page was not what its seal says; the peer was told nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class SealCheck:
-    """What the pages of a write must be, in the order of its copies."""
-
-    valid_tokens: tuple[int, ...]
-    seals: tuple[bytes, ...]
-
-    @classmethod
-    def of(cls, pages: Sequence[SourcePage]) -> "SealCheck":
-        return cls(
-            valid_tokens=tuple(page.valid_tokens for page in pages),
-            seals=tuple(page.seal for page in pages),
-        )
-
-    def first_wrong(self, seals: Sequence[bytes]) -> int | None:
-        """Index of the first page that is something else; None where all are right."""
-        pairs = enumerate(zip(self.seals, seals, strict=True))
-        return next((index for index, (wanted, seen) in pairs if wanted != seen), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +67,6 @@ class Transport(ABC):
 
     writes_polled: ClassVar[bool] = False
     """Whether the end of a write appears only by polling, though messages wake."""
-
-    checks_seals: ClassVar[bool] = False
-    """Whether it compares pages with their seals as it writes them (`write_checked`), so that
-    nobody need read them once more before."""
 
     writes_parts: ClassVar[bool] = False
     """Whether `write` takes a part of each page, so that finished layers may leave early."""
@@ -140,20 +113,6 @@ class Transport(ABC):
         Called only for slots that the peer has granted. Raises TransportError where it cannot
         start; nothing has been read then.
         """
-
-    def write_checked(
-        self,
-        peer: str,
-        copies: Sequence[tuple[int, int]],
-        message: bytes,
-        check: SealCheck,
-        *,
-        part: tuple[int, int] | None = None,
-    ) -> WriteId:
-        """As `write`, of pages whose seals are compared on the way: `message` is delivered, and
-        the write done, only if all of them match. With `part` the seals are still those of whole
-        pages. Called only where the transport `checks_seals`."""
-        raise TransportError(f"transport {self.name} compares no seals")
 
     @abstractmethod
     def send(self, peer: str, message: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 from kvtransfer.digest import SEAL_BYTES
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.landing import LandingTarget, Seals, land_pages
-from kvtransfer.pool_sealer import PoolSealer
+from kvtransfer.pool_sealer import KnownSeals, PendingSeals, PoolSealer
 from kvtransfer.ticket import LandedPage
 from worker.rank_link import Kind, RankLink
 
@@ -47,6 +47,9 @@ class RankKv:
 
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         return PoolSealer(self.pool, self.place.layout).seals(pages, valid_tokens)
+
+    def start_seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+        return PoolSealer(self.pool, self.place.layout).start(pages, valid_tokens)
 
     # ---- answers of a following rank ----------------------------------------------------------
 
@@ -81,6 +84,12 @@ class RankSealer:
         parts = [self._local.seals(pages, valid_tokens)]
         parts += [_split(link.answer()) for link in self._links]
         return [b"".join(ranks) for ranks in zip(*parts, strict=True)]
+
+    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+        """Waits where there are other ranks, whose answers come over their links."""
+        if self._links:
+            return KnownSeals(self.seals(pages, valid_tokens))
+        return self._local.start_seals(pages, valid_tokens)
 
 
 class RankLander:
