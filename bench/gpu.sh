@@ -10,7 +10,7 @@ if compgen -G '.whl/*.whl' >/dev/null; then
   export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 if [ -f .carry/gpu/jit.tgz ]; then # kernels built by an earlier call; their sources must look older
-  mkdir -p ~/.cache && tar xzf .carry/gpu/jit.tgz -C ~/.cache
+  mkdir -p ~/.cache && tar xf .carry/gpu/jit.tgz -C ~/.cache
   find /tmp/site -exec touch -h -d 2020-01-01 {} +
 fi
 step() { # name, seconds, command...

@@ -21,7 +21,7 @@ fi
 jit=${JIT:-.carry/gpu/jit.tgz}
 if [ -f "$jit" ]; then # where FlashInfer looks for modules that were built elsewhere
   aot=$(python3 -c 'from importlib.util import find_spec as f; print(f("flashinfer").submodule_search_locations[0])')/data/aot
-  mkdir -p /tmp/jit && tar xzf "$jit" -C /tmp/jit
+  mkdir -p /tmp/jit && tar xf "$jit" -C /tmp/jit
   for so in $(find /tmp/jit -name '*.so'); do name=$(basename "$so" .so); mkdir -p "$aot/$name" && cp "$so" "$aot/$name/"; done
 fi
 table=$OUT/table.txt

@@ -13,7 +13,7 @@ fi
 if [ -f .carry/site.txz ] && [ ! -d $site ]; then mkdir -p $site && tar xJf .carry/site.txz -C $site; fi
 export PYTHONPATH=$PWD:$site
 for jit in .carry/gpu/jit.tgz .carry/jit.tgz; do # kernels of an earlier call; sources must look older
-  [ -f $jit ] && mkdir -p ~/.cache && tar xzf $jit -C ~/.cache && find $site -exec touch -h -d 2020-01-01 {} +
+  [ -f $jit ] && mkdir -p ~/.cache && tar xf $jit -C ~/.cache && find $site -exec touch -h -d 2020-01-01 {} +
 done
 step() { # name, seconds, command...
   local name=$1 limit=$2 begin=$SECONDS; shift 2
