@@ -59,6 +59,11 @@ class DecodeGraphs:
         # Requests that share a prefix list its pages once each, so the pool's size is no bound.
         pages = largest * -(-decoder.config.context_length // kv_pool.page_size)
         buffers = TableBuffers(largest, pages, device)
+        # One for all sizes, as only one graph runs at a time: of its own each would take half a MiB
+        # a row for a vocabulary of 128,256.
+        self._logits = torch.empty(
+            (largest, decoder.config.vocab_size), dtype=torch.float32, device=device
+        )
         memory: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, _Graph] = {}
         # From large to small, so that the smaller ones reuse the largest one's memory.
@@ -91,6 +96,14 @@ class DecodeGraphs:
         graph.replay()
         return graph.logits[:count]
 
+    def release(self) -> None:
+        """No step is replayed any more."""
+        torch.cuda.synchronize(self._pool.device)
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._sizes = [0]
+
     def _step(self, size: int, attention: GraphAttention) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:
             hidden = self._decoder.forward(
@@ -101,7 +114,7 @@ class DecodeGraphs:
                 attention,
                 None,
             )
-            return self._decoder.logits(hidden)
+            return self._decoder.logits(hidden, self._logits[:size])
 
         return step
 
@@ -121,20 +134,24 @@ class DecodeGraphs:
 class _Graph:
     """A captured step and the tensor that it leaves its logits in."""
 
-    __slots__ = ("attention", "logits", "replay")
+    __slots__ = ("attention", "logits", "replay", "reset")
 
     def __init__(
-        self, attention: GraphAttention, replay: Callable[[], None], logits: torch.Tensor
+        self,
+        attention: GraphAttention,
+        captured: torch.cuda.CUDAGraph,
+        logits: torch.Tensor,
     ) -> None:
         self.attention = attention
-        self.replay = replay
+        self.replay: Callable[[], None] = captured.replay
+        self.reset: Callable[[], None] = captured.reset
         self.logits = logits
 
 
 def capture(
     step: Callable[[], torch.Tensor], memory: Any
-) -> tuple[Callable[[], None], torch.Tensor]:
-    """(replay, the step's output, which each replay overwrites)."""
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """(the graph, the step's output, which each replay overwrites)."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -145,4 +162,4 @@ def capture(
     # Other threads may go on calling CUDA (NCCL's watchdog does, where several ranks capture).
     with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         output = step()
-    return graph.replay, output
+    return graph, output

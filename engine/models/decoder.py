@@ -31,7 +31,7 @@ class BetweenLayers(NamedTuple):
     hidden: torch.Tensor | None
     """[t, hidden]; not yet added to the residual stream. None before the first layer."""
     residual: torch.Tensor
-    """[t, hidden]."""
+    """[t, hidden]; float32 from the first layer's sum on."""
 
 
 class Decoder:
@@ -136,10 +136,13 @@ class Decoder:
         eps = self.config.rms_norm_eps
         return self._ops.add_rms_norm(hidden, residual, self.weights.final_norm, eps)[0]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[b, vocab] float32 for hidden states [b, hidden]."""
-        columns = self._group.gather_columns(self._ops.linear(hidden, self.weights.output))
-        return columns[:, : self.config.vocab_size].float()
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[b, vocab] float32 for hidden states [b, hidden]; in `out` where one is given."""
+        if self._group.size == 1:
+            return self._ops.logits(hidden, self.weights.output, out)
+        columns = self._group.gather_columns(self._ops.logits(hidden, self.weights.output))
+        columns = columns[:, : self.config.vocab_size]
+        return columns if out is None else out.copy_(columns)
 
     def _attend(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
+from engine.models.float32_residual import add_rms_norm
+from engine.models.ops import room_for_logits
 from engine.models.rotary_store import (
     can_rotate_and_store,
     rotate_and_store,
@@ -55,6 +57,8 @@ class FusedOps:
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._triton:
+            return add_rms_norm(x, residual, weight, eps)
         self._add_rms_norm(x, residual, weight, eps)
         return x, residual
 
@@ -109,3 +113,12 @@ class FusedOps:
         if self._triton and x.shape[0] == 1:
             return single_row_linear(x, weight, bias)
         return functional.linear(x, weight, bias)
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if out is None:
+            out = room_for_logits(x, weight)
+        if self._triton and x.shape[0] == 1:
+            return single_row_linear(x, weight, None, out)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)

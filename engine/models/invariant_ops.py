@@ -14,6 +14,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.models.fused_ops import FusedOps
+from engine.models.ops import room_for_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +47,29 @@ class InvariantOps(FusedOps):
     ) -> torch.Tensor:
         return invariant_linear(x, weight, bias)
 
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = room_for_logits(x, weight) if out is None else out
+        return invariant_linear(x, weight, None, out=out)
+
 
 def invariant_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tiles: _Tiles | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tiles: _Tiles | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias for x [t, k], weight [n, k] and bias [n], contiguous on one CUDA device,
-    in one 16-bit dtype, summed in float32: [t, n]. A row of it is the same, bit for bit, whatever
-    the other rows and however many there are."""
+    in one 16-bit dtype, summed in float32: [t, n], in `out` (any dtype) where one is given. A row
+    of it is the same, bit for bit, whatever the other rows and however many there are."""
     rows, depth = x.shape
     columns = weight.shape[0]
     if tiles is None:
         tiles = next(tiles for tiles in _TILES if rows <= tiles.up_to_rows)
-    out = x.new_empty((rows, columns))
+    if out is None:
+        out = x.new_empty((rows, columns))
     grid = -(-rows // tiles.m) * -(-columns // tiles.n)
     _kernel()[(grid,)](
         x if x.is_contiguous() else x.contiguous(),

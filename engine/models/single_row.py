@@ -16,12 +16,16 @@ _ROWS, _COLUMNS, _WARPS = 4, 2048, 4
 
 
 def single_row_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias for x [1, k], weight [n, k] and bias [n], contiguous on one CUDA device,
-    in one dtype; summed in float32. [1, n]."""
+    in one dtype; summed in float32. [1, n], in `out` (any dtype) where one is given."""
     rows, columns = weight.shape
-    out = x.new_empty((1, rows))
+    if out is None:
+        out = x.new_empty((1, rows))
     _kernel()[(-(-rows // _ROWS),)](
         x,
         weight,

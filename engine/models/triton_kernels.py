@@ -80,3 +80,23 @@ def row_times_matrix_kernel(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         product += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + row, product.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x,
+    residual,
+    weight,
+    columns,
+    eps,
+    WIDTH: tl.constexpr,  # noqa: N803
+):
+    lane = tl.arange(0, WIDTH)
+    inside = lane < columns
+    at = tl.program_id(0).to(tl.int64) * columns + lane
+    added = tl.load(x + at, mask=inside, other=0.0)
+    total = added.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0)
+    tl.store(residual + at, total, mask=inside)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / columns + eps)
+    scaled = total * scale * tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, scaled.to(added.dtype), mask=inside)

@@ -13,6 +13,9 @@ from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder, load_decoder
+from engine.models.float32_residual import add_rms_norm
+from engine.models.fused_ops import FusedOps, flashinfer_installed
+from engine.models.invariant_ops import InvariantOps
 from engine.models.ops import TorchOps
 from engine.models.rope import RopeConfig, cos_sin_table
 from engine.models.rotary_store import rotate_and_store
@@ -20,6 +23,7 @@ from engine.models.single_row import single_row_linear
 from tests.checkpoints import random_prompt, write_config
 from tests.engine.execution.harness import Harness
 from tests.engine.execution.test_logit_edits import everything
+from tests.gpu_waits import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,16 +108,44 @@ def test_sampling_noise_is_that_of_the_cpu() -> None:
 def test_a_draw_with_everything_waits_for_nothing_and_equals_the_cpu() -> None:
     on_cpu = Sampler().sample(*everything(torch.device("cpu")))
     logits, batch = everything(torch.device("cuda"))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         result = Sampler().sample(logits, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert result.next_token_ids.tolist() == on_cpu.next_token_ids.tolist()
     assert result.top is not None
     assert on_cpu.top is not None
     assert result.top.top_ids.tolist() == on_cpu.top.top_ids.tolist()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 320), (3, 4096), (300, 5000)])
+def test_sum_and_norm_in_one_kernel_round_nothing_of_the_residual(rows: int, columns: int) -> None:
+    x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
+    residual = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):  # the first sum makes the residual float32, later ones work in place
+        total = x.double() + residual.double()
+        expected = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+        normed, residual = add_rms_norm(x.clone(), residual, weight, 1e-5)
+        assert normed.dtype == torch.bfloat16
+        assert residual.dtype == torch.float32
+        torch.testing.assert_close(residual.double(), total, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(normed.double(), expected, atol=1e-2, rtol=8e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 70])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_logits_are_not_rounded_to_the_weights_dtype(rows: int, deterministic: bool) -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    table = cos_sin_table(RopeConfig(theta=10_000.0), 128, 64, torch.device("cuda"))
+    ops = InvariantOps(table) if deterministic else FusedOps(table)
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ weight.double().t()
+    room = torch.zeros(rows, 1000, device="cuda")
+    for logits in (ops.logits(x, weight), ops.logits(x, weight, room), room):
+        assert logits.dtype == torch.float32
+        # bfloat16 alone would be off by 2e-3.
+        assert float((logits.double() - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
