@@ -264,6 +264,7 @@ def load_model_runner(
             graphs = DecodeGraphs(
                 decoder, kv_pool, backend, max_batch=graphs_up_to, progress=progress
             )
+        group.replays(graphs)
     return ModelRunner(
         decoder,
         kv_pool=kv_pool,

@@ -6,8 +6,10 @@ for ever: whoever starts the ranks ends all of them when one dies.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import distributed
@@ -16,12 +18,26 @@ START_LIMIT = timedelta(minutes=30)
 """Longest the ranks wait for one another: reading a large checkpoint takes unequal times."""
 
 
+class Captured(Protocol):
+    """Steps captured as CUDA graphs."""
+
+    def release(self) -> None:
+        """Waits for the device, and gives the graphs back; none is replayed any more."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
     """This process's place among the ranks. Of one rank alone, everything here does nothing."""
 
     rank: int = 0
     size: int = 1
+    _captured: "WeakSet[Captured]" = field(default_factory=WeakSet, compare=False, repr=False)
+
+    def replays(self, captured: "Captured") -> None:
+        """Collectives of this group were captured, and are let go before it is left."""
+        if self.size > 1:
+            self._captured.add(captured)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in place of `partial`; the same bits on every rank."""
@@ -53,8 +69,14 @@ class TensorGroup:
         return int(least.item())
 
     def leave(self) -> None:
-        """The last call; all ranks make it."""
+        """The last call; all ranks make it.
+
+        NCCL keeps a communicator until every graph that captured it is gone, and would wait here
+        for ever for one that something still refers to.
+        """
         if self.size > 1:
+            for captured in list(self._captured):
+                captured.release()
             distributed.destroy_process_group()
 
 
@@ -66,9 +88,16 @@ ALONE = TensorGroup()
 """The whole model in one process."""
 
 
-def join_group(rank: int, size: int, *, device: torch.device, meeting_point: str) -> TensorGroup:
+def join_group(
+    rank: int,
+    size: int,
+    *,
+    device: torch.device,
+    meeting_point: str,
+    limit: timedelta = START_LIMIT,
+) -> TensorGroup:
     """Waits for all ranks. `meeting_point`: path of a file that all of them reach, and that did
-    not exist before the first one came."""
+    not exist before the first one came. A collective that takes longer than `limit` is an error."""
     if size == 1:
         return ALONE
     on_gpu = device.type == "cuda"
@@ -79,7 +108,7 @@ def join_group(rank: int, size: int, *, device: torch.device, meeting_point: str
         store=distributed.FileStore(meeting_point, size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
-        timeout=START_LIMIT,
+        timeout=limit,
         device_id=device if on_gpu else None,
     )
     return TensorGroup(rank, size)

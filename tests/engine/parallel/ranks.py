@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 from collections.abc import Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from engine.model_config import ModelConfig
 from engine.parallel.commands import StepCommand
 from engine.parallel.group import TensorGroup, join_group
 from engine.parallel.runners import FollowingRunner, LeadingRunner
+
+LIMIT = timedelta(seconds=50)
+"""Of any collective: less than a test may take, so that it is NCCL who says what hangs."""
 
 
 def load(model: Path, group: TensorGroup, device: str = "cpu", **settings: Any) -> ModelRunner:
@@ -33,7 +37,7 @@ def follow(pipe: Connection, rank: int, size: int, meeting_point: str, device: s
     if device == "cuda":
         torch.cuda.set_device(rank)
     where = torch.device(device, rank if device == "cuda" else None)
-    group = join_group(rank, size, device=where, meeting_point=meeting_point)
+    group = join_group(rank, size, device=where, meeting_point=meeting_point, limit=LIMIT)
     follower: FollowingRunner | None = None
     with contextlib.suppress(EOFError):
         while (told := pipe.recv()) is not None:
@@ -63,7 +67,9 @@ class Ranks:
             self._pipes.append(mine)
             self._processes.append(process)
         where = torch.device(device, 0 if device == "cuda" else None)
-        self.group = join_group(0, size, device=where, meeting_point=str(meeting_point))
+        self.group = join_group(
+            0, size, device=where, meeting_point=str(meeting_point), limit=LIMIT
+        )
 
     def tell(self, command: Any) -> None:
         for pipe in self._pipes:

@@ -14,6 +14,8 @@ from tests.engine.parallel.ranks import Ranks, load, running_ranks
 
 pytestmark = [
     pytest.mark.gpu,
+    # By a thread, with all stacks: a signal does not reach a test that waits inside of NCCL.
+    pytest.mark.timeout(60, method="thread"),
     pytest.mark.skipif(
         torch.cuda.device_count() < 2,
         reason=f"needs two CUDA devices; torch sees {torch.cuda.device_count()}",
@@ -94,8 +96,13 @@ def test_captured_steps_replay_the_sums_over_both_gpus(ranks: Ranks, model: Path
         runner, leading = ranks.load(model, **{**MEMORY, **settings})
         engine = ScheduledModel(runner, behind=lambda *_, to=leading: to)
         engine.run(asks)
-        found.append([engine.outputs[f"r{n}"][1] for n in range(ROWS)])
-    same = [pair for pair in zip(*found, strict=True) if pair[0].token == pair[1].token]
+        found.append([engine.outputs[f"r{n}"][:2] for n in range(ROWS)])
+    # The second token is the first that a captured step draws; compared after the same first one.
+    same = [
+        (full[1], half[1])
+        for full, half in zip(*found, strict=True)
+        if [out.token for out in full] == [out.token for out in half]
+    ]
     assert len(same) >= ROWS // 2
     for full, half in same:
         assert half.logprob == pytest.approx(full.logprob, abs=0.3)
