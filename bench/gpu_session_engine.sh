@@ -3,7 +3,7 @@
 # each under its own time limit, so that one that fails or hangs does not stop the rest; a table last.
 #   SITE=.carry/site.txz   packages that the machine lacks (or wheels in .whl/)
 #   JIT=.carry/gpu/jit.tgz kernels built by an earlier call, which leaves them in $OUT
-#   STEPS="tests decode ..."  some of the steps only
+#   STEPS="tests decode ..."  some of the steps only (tp_tests and tp_decode: gpu_session_tp.sh)
 # Results go to $OUT (default: bench/out). Building kernels takes 100 s of 16 cores the first time.
 set -u
 cd "$(dirname "$0")/.."
@@ -33,16 +33,23 @@ step() { # name, seconds, lines of the table, command...
     grep -vE 'Warning|warn|^$' "$OUT/$name.log" | grep -v "capturing decode" | tail -n "$lines" | cut -c1-170; } | tee -a "$table"
 }
 T=tests/engine/execution
-PYTEST="python3 -m pytest -p no:cacheprovider -q -m gpu --timeout 100 -rfE"
-for want in ${STEPS:-kernels deterministic decode accuracy fp8 cost tests}; do
+PYTEST="python3 -m pytest -p no:cacheprovider -q -m gpu --timeout 60 --timeout-method thread -rfEs"
+for want in ${STEPS:-kernels accuracy tests decode products warmup cost offline fp8 deterministic}; do
   case $want in
   kernels) [ -f "$jit" ] || step kernels 200 3 python3 bench/gpu_kernels.py ;;
-  deterministic) step deterministic 110 14 $PYTEST $T/test_gpu_deterministic.py ;;
-  decode) step decode 110 46 python3 bench/gpu_scheduler.py --overlap on --prefill --no-mixed --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
-  accuracy) step accuracy 70 14 $PYTEST -s $T/test_gpu_accuracy.py ;;
+  accuracy) step accuracy 60 16 $PYTEST -s --tb=line $T/test_gpu_accuracy.py ;;
+  tests) for file in $T/test_gpu.py $T/test_gpu_scheduler.py tests/engine/memory/test_host_tier_gpu.py $T/test_token_mask.py; do
+      step "$(basename "$file" .py)" 60 12 $PYTEST --tb=short "$file" # a process each: none can spoil another
+    done ;;
+  decode) step decode 75 46 python3 bench/gpu_scheduler.py --overlap on --rows 256 --kernels 1,8,64 --prefill --no-offline --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
+  products) step products 60 60 python3 bench/gpu_products.py --json "$OUT/products.json" ;;
+  warmup) step warmup 60 12 python3 -m baton.cli warmup --model-path models/baton-tiny --device cuda --kernel-cache "$OUT/kernel-cache" ;;
+  cost) step cost 60 24 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 1 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
+  offline) step offline 60 6 python3 bench/gpu_scheduler.py --overlap on --batches "" --no-mixed --json "$OUT/offline.json" ;;
   fp8) step fp8 40 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels "" --no-offline --kv-cache-dtype fp8_e4m3 --json "$OUT/fp8.json" ;;
-  cost) step cost 50 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 64 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
-  tests) step tests 90 14 $PYTEST tests/engine tests/kvtransfer --deselect $T/test_gpu_deterministic.py --deselect $T/test_gpu_accuracy.py ;;
+  deterministic) step deterministic 80 14 $PYTEST $T/test_gpu_deterministic.py ;;
+  tp_tests) step tp_tests 85 30 $PYTEST -s --tb=short tests/engine/parallel/test_tensor_parallel_gpu.py ;;
+  tp_decode) step tp_decode 60 12 python3 bench/gpu_tp.py ;;
   esac
 done
 [ -f "$jit" ] || tar czf "$OUT/jit.tgz" -C "$HOME/.cache" --exclude='*.o' --exclude='*.d' flashinfer 2>/dev/null

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -33,6 +34,29 @@ def _no_cuda() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "needs a CUDA device; torch sees none"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed GPU test says so at once, as a later one may hang and take the summary with it. A
+    device that it has lost would fail every later test of this process for that alone: the run ends
+    there, with its reason."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpu") is not None and not _no_cuda():
+        import torch
+
+        terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(f"\n{item.nodeid} ({report.when}):\n{report.longreprtext}")
+        try:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            lost = f"{item.nodeid} has lost the device, later tests cannot run: {error}"
+            item.session.shouldstop = lost
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

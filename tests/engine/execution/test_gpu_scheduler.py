@@ -1,7 +1,6 @@
 """On a CUDA device: overlap and split prefill with the real runner, and that nothing waits."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from engine.models.fused_ops import flashinfer_installed
 from tests.checkpoints import random_prompt, write_config
 from tests.engine.execution.harness import Harness
 from tests.engine.execution.scheduled import Ask, ScheduledModel, random_asks
+from tests.gpu_waits import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,17 +63,6 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
         )
 
     return make
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any operation of torch that waits for the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class Recording:

@@ -1,8 +1,7 @@
 """On a CUDA device: copies on a stream of their own, behind what was launched."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kvtransfer.digest import digest_pages, queue_digests, seals_of
 from kvtransfer.layout import PageLayout
 from tests.checkpoints import random_prompt, write_checkpoint
 from tests.engine.execution.scheduled import Ask, ScheduledModel, one_by_one
+from tests.gpu_waits import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,16 +58,6 @@ def copier(pool: PageMajorKVPool) -> StreamPageCopier:
         made.to_host(pages, pages).wait()
         made.to_device(pages, pages).wait()
     return made
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Whatever waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def fill(pool: PageMajorKVPool, seed: int) -> torch.Tensor:
