@@ -38,6 +38,7 @@ test-helm: setup ## Render the chart with Helm 3 and 4, lint and validate it
 	@$(BIN)/python -m pytest -m helm tests/helm $(PYTEST_ARGS)
 
 test-k8s: setup ## Install the chart in a real Kubernetes control plane, pods played by the tests (root)
+	@$(BIN)/python -m tests.kubernetes.build
 	@$(BIN)/python -m pytest -m kubernetes tests/kubernetes $(PYTEST_ARGS)
 
 lint: setup ## Check style, types and layers alone

@@ -25,7 +25,12 @@ class DecodeFront:
         ready = front.ready
         view = front.engine.window_view(ready.slots * ready.slot_bytes)
         window = SlotMemory(view, ready.slot_bytes) if view is not None else None
-        self._servicer = KvServicer(info=front.connect_info, handler=self._kv, window=window)
+        self._servicer = KvServicer(
+            info=front.connect_info,
+            handler=self._kv,
+            window=window,
+            refused=lambda error: front.refusals.peer(error.cause),
+        )
         kv_pb2_grpc.add_KvServicer_to_server(self._servicer, server)
         return [SERVICE_NAME]
 

@@ -36,26 +36,38 @@ ONE_HOST = frozenset({"cuda_ipc"})
 """Transports that join processes of one host and one PID namespace only."""
 
 
-def refusal(mine: kv_pb2.ConnectInfo, theirs: kv_pb2.ConnectInfo) -> str:
-    """Why two workers cannot exchange KV; empty where they can."""
+class PeerRefused(LookupError):
+    """Two workers cannot exchange KV; the message says why."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        """`cause`: protocol, fingerprint, identity, transport, or by_peer (the other end's)."""
+        super().__init__(message)
+        self.cause = cause
+
+
+def check_fit(mine: kv_pb2.ConnectInfo, theirs: kv_pb2.ConnectInfo) -> None:
+    """Raises PeerRefused where two workers must not exchange KV."""
     if theirs.protocol_version != mine.protocol_version:
-        return (
+        raise PeerRefused(
+            "protocol",
             f"peer {theirs.instance_id} speaks protocol {theirs.protocol_version}, "
-            f"this worker {mine.protocol_version}: run the same release on both"
+            f"this worker {mine.protocol_version}: run the same release on both",
         )
     if theirs.fingerprint != mine.fingerprint:
         what = difference(theirs.fingerprint, mine.fingerprint)
-        return f"peer {theirs.instance_id} has another fingerprint than this worker: {what}"
+        raise PeerRefused(
+            "fingerprint",
+            f"peer {theirs.instance_id} has another fingerprint than this worker: {what}",
+        )
     if not theirs.instance_id or theirs.instance_id == mine.instance_id:
-        return f"peer has the instance id {theirs.instance_id!r}"
-    return ""
+        raise PeerRefused("identity", f"peer has the instance id {theirs.instance_id!r}")
 
 
 def choose_transport(
     mine: kv_pb2.ConnectInfo, theirs: kv_pb2.ConnectInfo, wanted: str, excluded: set[str]
 ) -> str:
     """The first transport of ours that the peer offers, too; `wanted` unless "auto". Raises
-    LookupError, by name, where there is none."""
+    PeerRefused, by name, where there is none."""
     together = bool(mine.pid_namespace) and mine.pid_namespace == theirs.pid_namespace
     offered = [o.name for o in theirs.transports if together or o.name not in ONE_HOST]
     own = [offer.name for offer in mine.transports if offer.name not in excluded]
@@ -63,9 +75,10 @@ def choose_transport(
         if name in offered and wanted in ("auto", name):
             return name
     needs = "/".join(own) if wanted == "auto" else wanted
-    raise LookupError(
+    raise PeerRefused(
+        "transport",
         f"peer {theirs.instance_id} offers {'/'.join(offered) or 'no transport'}, "
-        f"this worker needs {needs or 'one that still works'}"
+        f"this worker needs {needs or 'one that still works'}",
     )
 
 
@@ -81,11 +94,11 @@ class KvSessionClient:
         outbox: SlotMemory | None = None,
         transport: str = "auto",
         timing: SessionTiming | None = None,
-        refused: Callable[[str, str], None] | None = None,
+        refused: Callable[[PeerRefused], None] | None = None,
         tls: TlsSettings = PLAIN,
     ) -> None:
         """`address`: host:port of decode's front; `info`: this worker; `outbox`: shared memory
-        that orders read from; `refused(address, reason)` is called when the two do not fit."""
+        that orders read from; `refused` is called when the two do not fit."""
         self._tls = tls
         self.address = address
         self._info = info
@@ -165,10 +178,10 @@ class KvSessionClient:
                 logger.debug("KV session to %s: %r", self.address, error)
                 call.cancel()
                 return False
-            except LookupError as error:
+            except PeerRefused as error:
                 logger.warning("KV session to %s refused: %s", self.address, error)
                 if self._refused is not None:
-                    self._refused(self.address, str(error))
+                    self._refused(error)
                 call.cancel()
                 return False
             reason = "this worker closed the session"
@@ -182,19 +195,17 @@ class KvSessionClient:
             return True
 
     async def _handshake(self, read: _Read, write: _Write) -> KvSession:
-        """Raises LookupError, by name, where the two do not fit."""
+        """Raises PeerRefused, by name, where the two do not fit."""
         await write(kv_pb2.KvFrame(hello=self._info))
         frame = await read()
         if frame is None:
             raise ConnectionError("stream ended before hello")
         kind = frame.WhichOneof("kind")
         if kind == "refused":
-            raise LookupError(frame.refused.reason)
+            raise PeerRefused("by_peer", frame.refused.reason)
         if kind != "hello":
-            raise LookupError(f"first frame is {kind}, not hello")
-        reason = refusal(self._info, frame.hello)
-        if reason:
-            raise LookupError(reason)
+            raise PeerRefused("protocol", f"first frame is {kind}, not hello")
+        check_fit(self._info, frame.hello)
         chosen = choose_transport(self._info, frame.hello, self._wanted, self._excluded)
         session = KvSession(
             peer=frame.hello.instance_id,
@@ -227,9 +238,12 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         handler: SessionHandler,
         window: SlotMemory | None = None,
         timing: SessionTiming | None = None,
+        refused: Callable[[PeerRefused], None] | None = None,
     ) -> None:
         """`info` is asked at each handshake, so that the engine may be ready later than the
-        server; `window`: shared memory that page bytes land in."""
+        server; `window`: shared memory that page bytes land in; `refused` is called when a peer
+        does not fit."""
+        self._refused = refused
         self._info = info
         self._handler = handler
         self._window = window
@@ -307,10 +321,13 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         if hello is None or hello.WhichOneof("kind") != "hello":
             return None
         theirs, mine = hello.hello, self._info()
-        reason = refusal(mine, theirs)
-        if reason:
-            logger.warning("KV session refused: %s", reason)
-            await write(kv_pb2.KvFrame(refused=kv_pb2.SessionRefused(reason=reason)))
+        try:
+            check_fit(mine, theirs)
+        except PeerRefused as error:
+            logger.warning("KV session refused: %s", error)
+            if self._refused is not None:
+                self._refused(error)
+            await write(kv_pb2.KvFrame(refused=kv_pb2.SessionRefused(reason=str(error))))
             return None
         await write(kv_pb2.KvFrame(hello=mine))
         answer = await read()

@@ -5,7 +5,7 @@ import contextlib
 
 import grpc
 
-from kvtransfer.grpc_session import KvSessionClient
+from kvtransfer.grpc_session import KvSessionClient, PeerRefused
 from kvtransfer.grpc_stream import SlotMemory
 from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
 from worker.front import WorkerFront
@@ -39,8 +39,9 @@ class PrefillFront:
             self._dial(instance, wanted[instance])
 
     def _dial(self, instance: str, address: str) -> None:
-        def refused(_: str, reason: str) -> None:
-            state = worker_pb2.PeerState(instance_id=instance, connected=False, reason=reason)
+        def refused(error: PeerRefused) -> None:
+            self._front.refusals.peer(error.cause)
+            state = worker_pb2.PeerState(instance_id=instance, connected=False, reason=str(error))
             self._front.report_peer(state, remember=True)
 
         client = KvSessionClient(

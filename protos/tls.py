@@ -165,8 +165,46 @@ class ServerFiles:
             require_client_authentication=bool(self._client_ca),
         )
 
+    def context(self, *, on_connection: Callable[[], None]) -> ssl.SSLContext:
+        """For a server of asyncio's. `on_connection` is called at the beginning of each handshake.
+        Raises OSError: a file cannot be read."""
+        return _RenewedContext(self._made, self.changed, on_connection)
+
+    def _made(self) -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_cert_chain(self._certificate, self._key)
+        if self._client_ca:
+            made.load_verify_locations(self._client_ca)
+            made.verify_mode = ssl.CERT_REQUIRED
+        return made
+
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration(
             [(Path(self._key).read_bytes(), Path(self._certificate).read_bytes())],
             root_certificates=Path(self._client_ca).read_bytes() if self._client_ca else None,
         )
+
+
+class _RenewedContext(ssl.SSLContext):
+    """Looks for new files at each handshake: a server keeps the context that it started with."""
+
+    def __new__(cls, *_: object) -> "_RenewedContext":
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(
+        self,
+        make: Callable[[], ssl.SSLContext],
+        changed: Callable[[], bool],
+        on_connection: Callable[[], None],
+    ) -> None:
+        self._make, self._changed, self._on_connection = make, changed, on_connection
+        self._current = make()
+
+    def wrap_bio(self, *arguments: Any, **more: Any) -> ssl.SSLObject:
+        self._on_connection()
+        if self._changed():
+            try:
+                self._current = self._make()
+            except OSError as error:
+                logger.error("the certificate in use stays: %s", error)
+        return self._current.wrap_bio(*arguments, **more)

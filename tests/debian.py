@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,16 +76,22 @@ def run(
     limit_s: float = 600.0,
 ) -> str:
     """What the command printed. Raises SetUpError with both outputs where it failed."""
-    done = subprocess.run(
+    with subprocess.Popen(
         command,
         cwd=directory,
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=limit_s,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SetUpError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    return done.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            out, said = process.communicate(timeout=limit_s)
+        except BaseException:
+            # What it started goes with it: a build that nobody waits for takes the whole machine.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode != 0:
+        raise SetUpError(f"{' '.join(command)}\n{out[-4000:]}{said[-4000:]}")
+    return out

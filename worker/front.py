@@ -31,6 +31,7 @@ from worker.drain import DrainClock
 from worker.engine_handle import EngineHandle, EngineStartError
 from worker.front_metrics import FrontMetrics
 from worker.peer_lists import PeerLists
+from worker.refusals import WorkerRefusals
 from worker.registration import register_with_all, router_addresses
 from worker.server import WorkerServer
 from worker.service import RouterSession, WorkerService
@@ -81,6 +82,7 @@ class WorkerFront:
         self.engine = EngineHandle(module=role.engine_module)
         self.ready = channel_pb2.EngineReady()
         self.address = ""
+        self.refusals = WorkerRefusals()
         self.metrics = FrontMetrics(self, role.role)
         self._sessions: set[RouterSession] = set()
         self._unattended = asyncio.Event()
@@ -105,6 +107,7 @@ class WorkerFront:
         """Starts engine and server, serves until drained or the engine dies; the exit status."""
         try:
             door = WorkerServer(self.config)
+            self.refusals.door = door.watch
         except OSError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
@@ -123,7 +126,8 @@ class WorkerFront:
             return 1
         server = door.grpc
         checks = HealthServicer()
-        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
+        service = WorkerService(self, on_refused=self.refusals.router)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
         names += self.role.attach(self, server)

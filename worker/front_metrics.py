@@ -7,9 +7,12 @@ from typing import Protocol
 
 from observability import trace_context
 from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
+from protos.door_watch import DoorWatch
+from protos.tls import ServerFiles
 from worker import metrics
 from worker.config import WorkerConfig
 from worker.metrics_http import MetricsServer
+from worker.refusals import WorkerRefusals
 from worker.request_clock import RequestClock, WorkKey
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ class MetricsSource(Protocol):
     """What is needed of the front."""
 
     config: WorkerConfig
+    refusals: WorkerRefusals
 
     async def status(self, *, figures: bool = False) -> worker_pb2.WorkerStatus:
         """Raises TimeoutError where the engine does not answer in time."""
@@ -50,10 +54,19 @@ class FrontMetrics:
         config = self._source.config
         if config.metrics_port == NO_METRICS:
             return
-        self._server = MetricsServer(self.render)
+        if config.mutual:
+            # Whoever scrapes shows no certificate, as at the router's /metrics.
+            files = ServerFiles(certificate=config.tls_cert, key=config.tls_key)
+            self._source.refusals.metrics_door = DoorWatch()
+            self._server = MetricsServer(
+                self.render, tls=files, watch=self._source.refusals.metrics_door
+            )
+        else:
+            self._server = MetricsServer(self.render)
         port = await self._server.start(config.host, config.metrics_port)
         self.address = f"{config.host}:{port}"
-        logger.info("metrics on http://%s/metrics", self.address)
+        scheme = "https" if config.mutual else "http"
+        logger.info("metrics on %s://%s/metrics", scheme, self.address)
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -73,6 +86,7 @@ class FrontMetrics:
             figures_age_s=age_s,
             prefix_caching=self._source.config.enable_radix_cache,
             clock=self._clock,
+            refusals=self._source.refusals,
         )
 
     # ---- what passes ----------------------------------------------------------------------------

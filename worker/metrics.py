@@ -10,6 +10,7 @@ from observability.vllm_names import VllmFigures, add_vllm_names
 from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
 from protos.version import PROTOCOL_VERSION
 from worker.figures import from_message
+from worker.refusals import WorkerRefusals
 from worker.request_clock import RequestClock
 
 RUNNING = frozenset({"running", "prebuilt"})
@@ -26,6 +27,7 @@ def render(
     figures_age_s: float,
     prefix_caching: bool,
     clock: RequestClock,
+    refusals: WorkerRefusals,
 ) -> bytes:
     """The text exposition format. `figures_age_s` is above 0 where the engine did not answer, in
     the middle of a long step, and its last figures are told again."""
@@ -47,6 +49,7 @@ def render(
     _add_engine(sheet, figures)
     _add_transfers(sheet, figures)
     _add_latencies(sheet, clock, first_tokens=role != "decode")
+    refusals.add_to(sheet)
     sheet.extend(add_vllm_names(_vllm(registration, figures, clock, prefix_caching=prefix_caching)))
     return sheet.render()
 

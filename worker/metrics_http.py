@@ -9,8 +9,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import Any
 
 from observability.sheet import CONTENT_TYPE
+from protos.door_watch import DoorWatch
+from protos.tls import ServerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +28,31 @@ Render = Callable[[], Awaitable[bytes]]
 class MetricsServer:
     """Serves what `render` makes; knows nothing of it."""
 
-    def __init__(self, render: Render, *, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
-        """`head_timeout_s`: longest a connection may take to ask."""
+    def __init__(
+        self,
+        render: Render,
+        *,
+        tls: ServerFiles | None = None,
+        watch: DoorWatch | None = None,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
+    ) -> None:
+        """`tls`: None: plain text; `watch`: counts the connections that TLS turned away;
+        `head_timeout_s`: longest a connection may take to ask, and before it, in the handshake."""
         self._render = render
+        self._tls = tls
+        self._watch = watch if watch is not None else DoorWatch()
         self._head_timeout_s = head_timeout_s
         self._open = 0
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
         """The port; 0 picks a free one. Raises OSError where it cannot be listened on."""
+        more: dict[str, Any] = {}
+        if self._tls is not None:
+            context = self._tls.context(on_connection=self._watch.on_connection)
+            more = {"ssl": context, "ssl_handshake_timeout": self._head_timeout_s}
         self._server = await asyncio.start_server(
-            self._serve, host or None, port, limit=MAX_HEAD_BYTES
+            self._serve, host or None, port, limit=MAX_HEAD_BYTES, **more
         )
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
@@ -51,6 +68,7 @@ class MetricsServer:
                 return
             async with asyncio.timeout(self._head_timeout_s):
                 head = await reader.readuntil(b"\r\n\r\n")
+            self._watch.on_call(str(writer.get_extra_info("peername")))
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 writer.write(await self._answer(head))
                 await writer.drain()

@@ -112,9 +112,17 @@ class FrontHandler(Protocol):
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Translates between gRPC and the front's handler; keeps no state of its own."""
 
-    def __init__(self, front: FrontHandler, *, silence_s: float = ROUTER_SILENCE_S) -> None:
-        """`silence_s`: a router that says nothing for so long is gone."""
+    def __init__(
+        self,
+        front: FrontHandler,
+        *,
+        silence_s: float = ROUTER_SILENCE_S,
+        on_refused: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """`silence_s`: a router that says nothing for so long is gone; `on_refused` is told why a
+        session did not come about: malformed, protocol or instance."""
         self._front = front
+        self._on_refused = on_refused
         self._silence_s = silence_s
 
     async def Session(
@@ -124,17 +132,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("kind") != "hello":
+            self._on_refused("malformed")
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "a session begins with SessionHello"
             )
             return
         if first.hello.protocol_version != PROTOCOL_VERSION:
+            self._on_refused("protocol")
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"protocol version {first.hello.protocol_version} met {PROTOCOL_VERSION}: "
                 "router and worker must be of the same release",
             )
         if first.hello.instance_id != self._front.instance_id:
+            self._on_refused("instance")
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"instance {first.hello.instance_id} is gone; this is {self._front.instance_id}",

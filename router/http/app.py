@@ -161,7 +161,8 @@ def _add_operations(app: FastAPI, router: Router) -> None:
     )
     async def metrics_targets() -> Response:
         """Where the workers serve their metrics, for Prometheus' HTTP service discovery."""
-        return json_response(scrape_targets(router.fleet.registry.workers()))
+        scheme = "https" if router.config.mutual else "http"
+        return json_response(scrape_targets(router.fleet.registry.workers(), scheme=scheme))
 
     worker_list = {"type": "array", "items": ref(answer_schema.WorkerCard)}
     listed = {"application/json": {"schema": worker_list}}
@@ -178,12 +179,17 @@ def _add_operations(app: FastAPI, router: Router) -> None:
         return json_response([worker_object(r) for r in router.fleet.registry.workers()])
 
 
-def scrape_targets(records: Iterable[WorkerRecord]) -> list[dict[str, Any]]:
-    """A target group a worker; one that serves no metrics has none."""
+def scrape_targets(records: Iterable[WorkerRecord], *, scheme: str) -> list[dict[str, Any]]:
+    """A target group a worker; one that serves no metrics has none. `scheme`: workers speak TLS at
+    that port where they do with the router."""
     return [
         {
             "targets": [record.registration.metrics_address],
-            "labels": {"__meta_baton_worker": record.id, "__meta_baton_role": record.role_name},
+            "labels": {
+                "__scheme__": scheme,
+                "__meta_baton_worker": record.id,
+                "__meta_baton_role": record.role_name,
+            },
         }
         for record in records
         if record.registration.metrics_address and record.connected

@@ -6,6 +6,9 @@ import yaml
 
 from tests.helm.helms import CHART, Values
 
+ADD_ONS = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+"""Kinds that other projects bring: no schema of Kubernetes and no plain API server knows them."""
+
 TLS = {"enabled": True, "secretName": "certificate"}
 KEDA = {"kind": "keda", "prometheusAddress": "http://prometheus:9090"}
 CPU_METRIC = {

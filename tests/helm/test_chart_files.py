@@ -18,6 +18,7 @@ from router.core import Router
 from router.registry import InMemoryRegistry
 from worker.config import WorkerConfig
 from worker.metrics import render
+from worker.refusals import WorkerRefusals
 from worker.request_clock import RequestClock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +86,7 @@ def worker_metrics() -> str:
         figures_age_s=0.0,
         prefix_caching=True,
         clock=RequestClock(role),
+        refusals=WorkerRefusals(),
     ).decode()
 
 

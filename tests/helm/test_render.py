@@ -11,15 +11,12 @@ import yaml
 
 from baton.config import fill
 from router.config import RouterConfig
-from tests.helm.cases import CASES, NEEDS, REFUSED
+from tests.helm.cases import ADD_ONS, CASES, NEEDS, REFUSED
 from tests.helm.conftest import KUBERNETES
 from tests.helm.helms import NAMESPACE, Helm, Helm3, Helm4, HelmError, Manifest, Values
 from worker.config import WorkerConfig
 
 pytestmark = [pytest.mark.helm, pytest.mark.timeout(600)]
-
-OPERATORS = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
-"""Kinds of add-ons, whose schemas Kubernetes does not know."""
 
 VALID: set[tuple[str, str]] = set()
 """Version and manifest, as JSON, of what was found valid."""
@@ -77,7 +74,7 @@ def test_manifests_fit_the_schemas(
     for manifest in rendered[case]:
         # Cases have most manifests in common, and both Helms render alike.
         known = version, json.dumps(manifest, sort_keys=True)
-        if manifest["kind"] not in OPERATORS and known not in VALID:
+        if manifest["kind"] not in ADD_ONS and known not in VALID:
             kubernetes_validate.validate(manifest, version, strict=True)
             VALID.add(known)
 

@@ -1,13 +1,18 @@
 """kube-apiserver and kube-controller-manager from Debian's source package, and etcd.
 
 Debian 12 has the source of Kubernetes 1.20 with all that it builds from, and packages only its
-client. The build takes 6 to 8 minutes on two cores; what it makes is kept by its version.
+client. What the build makes is kept by its version. It takes minutes, more than a test may:
+`make test-k8s` runs this module first.
+
+Usage: python -m tests.kubernetes.build
 """
 
 import fcntl
 import os
 import re
 import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +33,7 @@ PACKAGES = {
 }
 """Program -> the package that holds it. gcc: Go's tools link with it."""
 
-BUILD_LIMIT_S = 3000.0
+BUILD_LIMIT_S = 2400.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ def programs(cache: Path) -> Programs:
     return Programs(built / PROGRAMS[0], built / PROGRAMS[1], Path(etcd))
 
 
+def default_cache() -> Path:
+    """Where they stay unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kubernetes"
+
+
 def _built(cache: Path) -> Path | None:
     """The newest build that is whole."""
     found = [d for d in cache.glob("1.*") if all((d / name).exists() for name in PROGRAMS)]
@@ -78,7 +88,8 @@ def _build(cache: Path) -> Path:
         **os.environ,
         "CGO_ENABLED": "0",
         "GO111MODULE": "off",
-        "GOFLAGS": "",
+        # Without the drivers of the public clouds, which make half of the code.
+        "GOFLAGS": "-tags=providerless",
         "GOPATH": str(source / ".go"),
         "HOME": str(work),
     }
@@ -107,3 +118,18 @@ def _source(work: Path) -> Path:
     run("apt-get", *options, "source", "-qq", "kubernetes", directory=work)
     (source,) = (path for path in work.glob("kubernetes-*") if path.is_dir())
     return source
+
+
+def main() -> int:
+    began = time.monotonic()
+    try:
+        found = programs(default_cache())
+    except SetUpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"kube-apiserver is {found.apiserver} ({time.monotonic() - began:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

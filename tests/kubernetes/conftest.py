@@ -1,6 +1,5 @@
 """A cluster for all tests of this folder: its network, control plane and nodes; nothing stays."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from tests.helm.helms import find_helm3
 from tests.kubernetes.api import Api
-from tests.kubernetes.build import programs
+from tests.kubernetes.build import default_cache, programs
 from tests.kubernetes.control_plane import ControlPlane, control_plane
 from tests.kubernetes.kubelet import Kubelet
 from tests.kubernetes.network import private_network
@@ -37,9 +36,9 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
     # All that needs the machine's own network comes first.
-    built, helm = programs(cache / "kubernetes"), find_helm3(cache)
+    cache = default_cache()
+    built, helm = programs(cache), find_helm3(cache.parent)
     directory = tmp_path_factory.mktemp("cluster")
     with private_network(), control_plane(built, directory) as plane:
         api = plane.api()

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helm.cases import CASES, NEEDS
+from tests.helm.cases import ADD_ONS, CASES, NEEDS
 from tests.helm.helms import NAMESPACE, Helm3, HelmError, Manifest
 from tests.kubernetes.api import Object, wait_for
 from tests.kubernetes.conftest import Cluster
@@ -16,8 +16,6 @@ from tests.kubernetes.streams import TOKENS, Streams
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
 
 VERSION = "1.20.2"
-ADD_ONS = {"Certificate", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
-"""Kinds that other projects bring; without them, no API server knows these."""
 
 
 @pytest.fixture(scope="module")

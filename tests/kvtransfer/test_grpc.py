@@ -100,7 +100,7 @@ async def session(
         handler=mine,
         outbox=SlotMemory(memoryview(outbox), SLOT),
         timing=TIMING,
-        refused=lambda _, reason: refusals.append(reason),
+        refused=lambda error: refusals.append(str(error)),
     )
     task = asyncio.create_task(client.run())
     try:
