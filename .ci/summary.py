@@ -16,6 +16,8 @@ from pathlib import Path
 LOGS = Path(__file__).resolve().parent / "log"
 CLOSING = re.compile(r"^=+ (.*\d+ \w+.*) in [\d.]+s.*=+$", flags=re.MULTILINE)
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
+TIME_IS_OVER = 124
+"""What `timeout` ends with where it had to end the suite."""
 SHOWN = ("passed", "failed", "error", "skipped")
 
 
@@ -39,6 +41,8 @@ class Suite:
             return f"left out: {self.left_out}"
         if self.status == 0:
             return "passed"
+        if self.status == TIME_IS_OVER:
+            return "interrupted: the time was over"
         return "failed" if self.counts else f"failed before its tests (status {self.status})"
 
 

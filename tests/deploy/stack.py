@@ -53,9 +53,12 @@ class Stack:
     grpc: str
     stopping: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """`docker stop`s that wait for a drain, by service."""
+    project: str = PROJECT
+    files: tuple[Path, ...] = (COMPOSE,)
 
     def compose(self, *arguments: str, limit_s: float = 120.0) -> str:
-        command = ("compose", "--project-name", PROJECT, "--file", str(COMPOSE))
+        files = [word for file in self.files for word in ("--file", str(file))]
+        command = ("compose", "--project-name", self.project, *files)
         return self.engine.docker(*command, *arguments, limit_s=limit_s, more=self.settings)
 
     # ---- what is there --------------------------------------------------------------------------
@@ -225,7 +228,7 @@ def settings(http_port: int, grpc_port: int) -> dict[str, str]:
 @contextlib.contextmanager
 def running_stack(engine: Engine) -> Iterator[Stack]:
     """`docker compose up` of images that are built, and down with volumes at the end."""
-    http_port, grpc_port = _free_port(), _free_port()
+    http_port, grpc_port = free_port(), free_port()
     stack = Stack(
         engine,
         settings(http_port, grpc_port),
@@ -241,7 +244,7 @@ def running_stack(engine: Engine) -> Iterator[Stack]:
         stack.compose("down", "--volumes", "--timeout", "1")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

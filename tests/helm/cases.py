@@ -10,6 +10,7 @@ ADD_ONS = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject", "Servi
 """Kinds that other projects bring: no schema of Kubernetes and no plain API server knows them."""
 
 TLS = {"enabled": True, "secretName": "certificate"}
+WORKERS_TLS = {**TLS, "workers": {"enabled": True, "secretName": "workers"}}
 KEDA = {"kind": "keda", "prometheusAddress": "http://prometheus:9090"}
 CPU_METRIC = {
     "type": "Resource",
@@ -86,6 +87,23 @@ OPTIONS: dict[str, Values] = {
         "tls": {"enabled": True, "certManager": {
             "enabled": True, "issuerRef": {"name": "ours"}, "dnsNames": ["llm.example"]}}
     },
+    "tls of workers": {
+        "tls": WORKERS_TLS,
+        "metrics": {"podMonitor": {"enabled": True, "tlsConfig": {
+            "serverName": "baton-part", "ca": {"secret": {"name": "workers", "key": "ca.crt"}}}}},
+    },
+    "tls of workers, cert-manager": {
+        "tls": {"enabled": True, "workers": {"enabled": True, "serverName": "other"},
+                "certManager": {"enabled": True, "issuerRef": {"name": "ours"}}},
+        "networkPolicy": {"enabled": True},
+    },
+    "api keys": {"apiKeys": {"secretName": "keys"}, "test": {"apiKeySecretName": "mine"}},
+    "everything closed": {
+        "tls": {**WORKERS_TLS, "clientCaSecretName": "clients"},
+        "apiKeys": {"secretName": "keys", "secretKey": "file"},
+        "test": {"clientSecretName": "me", "apiKeySecretName": "mine", "apiKeySecretKey": "k"},
+        "networkPolicy": {"enabled": True},
+    },
     "no accounts": {"serviceAccount": {"create": False}, "rbac": {"create": False}},
     "network policy": {"networkPolicy": {"enabled": True}},
     "network policy, redis, hub": {
@@ -132,6 +150,12 @@ REFUSED: dict[str, tuple[Values, str]] = {
          "together": {"enabled": True}}, "two workers into one pod"),
     "a claim without a name": ({"model": {"source": "pvc"}}, "claimName"),
     "tls without a certificate": ({"tls": {"enabled": True}}, "tls.secretName"),
+    "workers' tls without clients'": (
+        {"tls": {"workers": {"enabled": True, "secretName": "w"}}}, "needs tls.enabled"),
+    "workers' tls without a certificate": (
+        {"tls": {**TLS, "workers": {"enabled": True}}}, "tls.workers.secretName"),
+    "api keys without one for the test": (
+        {"apiKeys": {"secretName": "keys"}}, "test.apiKeySecretName"),
     "keda without prometheus": (
         {"prefill": {"autoscaling": {"kind": "keda"}}}, "prometheusAddress"),
 }  # fmt: skip

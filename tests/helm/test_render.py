@@ -117,7 +117,7 @@ def test_every_server_has_its_probes(rendered: dict[str, list[Manifest]], case: 
             continue
         for container in manifest["spec"]["template"]["spec"]["containers"]:
             assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
-            liveness = container["livenessProbe"].get("grpc", {})
+            liveness = json.dumps(container["livenessProbe"])
             assert "service" not in liveness, "readiness depends on peers, liveness must not"
 
 
@@ -130,6 +130,23 @@ def test_the_programs_take_their_configuration(
         known = set(cls.__dataclass_fields__)
         assert config.keys() <= known, config.keys() - known
         fill(cls, config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_that_a_configuration_names_are_mounted(
+    rendered: dict[str, list[Manifest]], case: str
+) -> None:
+    named_files = {
+        name: [v for v in config.values() if str(v).startswith("/etc/baton")]
+        for name, config in configs(rendered[case])
+    }
+    for _, spec in pods(rendered[case]):
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        for container in spec["containers"]:
+            mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+            assert set(mounts.values()) <= volumes
+            for file in named_files.get(container["name"], []):
+                assert file.rpartition("/")[0] in mounts, file
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -242,6 +259,65 @@ def test_gpus_and_rdma_devices_are_asked_for(helm: Helm) -> None:
             assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
             assert container["resources"]["limits"]["rdma/hca"] == "1"
             assert "worker-cuda" in container["image"]
+
+
+def test_each_role_scales_on_its_own_signals(helm: Helm) -> None:
+    manifests = helm.render(CASES["keda"])
+    for role, metrics in {
+        "prefill": ["baton_queued_tokens", "baton_ttft_seconds_bucket"],
+        "decode": ["baton_pages", "baton_itl_seconds_bucket"],
+    }.items():
+        triggers = named(manifests, "ScaledObject", f"-{role}")["spec"]["triggers"]
+        assert [t["type"] for t in triggers] == ["prometheus"] * len(metrics)
+        for trigger, metric in zip(triggers, metrics, strict=True):
+            assert f"{metric}{{" in trigger["metadata"]["query"]
+            assert float(trigger["metadata"]["threshold"]) > 0
+    first = named(manifests, "ScaledObject", "-prefill")["spec"]["triggers"][0]
+    assert first["metricType"] == "AverageValue", "tokens that wait at each worker, not at all"
+
+
+def test_router_and_workers_know_each_other_by_one_name(helm: Helm) -> None:
+    """cert-manager's certificates bear the name that either expects of the other."""
+    manifests = helm.render(CASES["tls of workers, cert-manager"])
+    secrets = {}
+    for certificate in (m for m in manifests if m["kind"] == "Certificate"):
+        assert "other" in certificate["spec"]["dnsNames"]
+        assert {"server auth", "client auth"} == set(certificate["spec"]["usages"])
+        secrets[certificate["spec"]["secretName"]] = certificate["spec"]["issuerRef"]
+    assert len(secrets) == 2
+    assert len({json.dumps(issuer) for issuer in secrets.values()}) == 1
+    for name, config in configs(manifests):
+        settings = fill(RouterConfig if name == "router" else WorkerConfig, config)
+        assert settings.tls_server_name == "other"
+        assert settings.mutual
+    mounted = {
+        volume["secret"]["secretName"]
+        for _, spec in pods(manifests)
+        for volume in spec["volumes"]
+        if "secret" in volume
+    }
+    assert mounted == secrets.keys()
+    for name, spec in pods(manifests):
+        for container in spec["containers"]:
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                if not name.endswith("-test"):
+                    said = container[probe]["exec"]["command"][-1]
+                    assert "--tls-server-name other" in said, "a kubelet speaks no mutual TLS"
+
+
+def test_an_api_key_is_asked_for_and_given_to_the_test(helm: Helm) -> None:
+    manifests = helm.render(CASES["everything closed"])
+    router = fill(RouterConfig, dict(configs(manifests))["router"])
+    assert router.api_keys_file == "/etc/baton-keys/file"
+    assert router.workers_apart
+    (variable,) = (
+        entry
+        for entry in named(manifests, "Pod")["spec"]["containers"][0]["env"]
+        if entry["name"] == "BATON_API_KEY"
+    )
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "mine", "key": "k"}
+    worker = fill(WorkerConfig, dict(configs(manifests))["prefill"])
+    assert worker.router.endswith(":50052"), "where clients need a key, workers have their own door"
 
 
 def test_prefill_and_decode_together_share_a_name_space(helm: Helm) -> None:

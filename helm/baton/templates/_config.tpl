@@ -29,11 +29,20 @@
 {{- if .Values.tls.enabled -}}
 {{- $_ := set $config "tls_cert" "/etc/baton-tls/tls.crt" -}}
 {{- $_ := set $config "tls_key" "/etc/baton-tls/tls.key" -}}
-{{- $_ := set $config "workers_host" "0.0.0.0" -}}
-{{- $_ := set $config "workers_port" 50052 -}}
 {{- if .Values.tls.clientCaSecretName -}}
 {{- $_ := set $config "tls_client_ca" "/etc/baton-client-ca/ca.crt" -}}
 {{- end -}}
+{{- if .Values.tls.workers.enabled -}}
+{{- $_ := set $config "tls_ca" "/etc/baton-tls/ca.crt" -}}
+{{- $_ := set $config "tls_server_name" .Values.tls.workers.serverName -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.apiKeys.secretName -}}
+{{- $_ := set $config "api_keys_file" (printf "/etc/baton-keys/%s" .Values.apiKeys.secretKey) -}}
+{{- end -}}
+{{- if include "baton.workersApart" . -}}
+{{- $_ := set $config "workers_host" "0.0.0.0" -}}
+{{- $_ := set $config "workers_port" 50052 -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
@@ -54,6 +63,12 @@
 {{- $_ := set $config "metrics_port" (int (include "baton.metricsPort" (index . 2))) -}}
 {{- $_ := set $config "router" (printf "%s-registry:%s" (include "baton.fullname" $root) (include "baton.registryPort" $root)) -}}
 {{- $_ := set $config "device" (ternary "cuda" "cpu" (gt (int $worker.gpus) 0)) -}}
+{{- if $root.Values.tls.workers.enabled -}}
+{{- range $setting, $file := dict "tls_cert" "tls.crt" "tls_key" "tls.key" "tls_ca" "ca.crt" -}}
+{{- $_ := set $config $setting (printf "/etc/baton-tls/%s" $file) -}}
+{{- end -}}
+{{- $_ := set $config "tls_server_name" $root.Values.tls.workers.serverName -}}
+{{- end -}}
 {{- if and (gt (int $worker.gpus) 1) (not (hasKey $config "tensor_parallel_size")) -}}
 {{- $_ := set $config "tensor_parallel_size" (int $worker.gpus) -}}
 {{- end -}}

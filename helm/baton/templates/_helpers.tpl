@@ -17,7 +17,7 @@
 {{- if .Values.revision -}}
 {{- .Values.revision -}}
 {{- else -}}
-{{- $made := list .Values.model .Values.image (include "baton.setSettings" .) .Chart.AppVersion -}}
+{{- $made := list .Values.model .Values.image (include "baton.setSettings" .) .Chart.AppVersion .Values.tls.workers (include "baton.registryPort" .) -}}
 {{- toJson $made | sha256sum | trunc 10 -}}
 {{- end -}}
 {{- end -}}
@@ -82,13 +82,22 @@ baton.dev/revision: {{ include "baton.revision" (index . 0) | quote }}
 {{- end -}}
 {{- end -}}
 
+{{/* Not empty where clients need TLS or a key: workers register at a door of their own then. */}}
+{{- define "baton.workersApart" -}}
+{{- if or .Values.tls.enabled .Values.apiKeys.secretName -}}apart{{- end -}}
+{{- end -}}
+
+{{- define "baton.workersTlsSecret" -}}
+{{- default (printf "%s-workers-tls" (include "baton.fullname" .)) .Values.tls.workers.secretName -}}
+{{- end -}}
+
 {{- define "baton.tlsSecret" -}}
 {{- default (printf "%s-tls" (include "baton.fullname" .)) .Values.tls.secretName -}}
 {{- end -}}
 
-{{/* The port where workers register, and where probes ask: always in plain text. */}}
+{{/* The port where workers register, and where probes ask: no client's credentials are needed there. */}}
 {{- define "baton.registryPort" -}}
-{{- if .Values.tls.enabled -}}50052{{- else -}}50051{{- end -}}
+{{- if include "baton.workersApart" . -}}50052{{- else -}}50051{{- end -}}
 {{- end -}}
 
 {{- define "baton.podSecurity" -}}
@@ -197,6 +206,15 @@ capabilities: {drop: [ALL]}
 {{- end -}}
 {{- if and .Values.tls.enabled (not .Values.tls.secretName) (not .Values.tls.certManager.enabled) -}}
 {{- fail "tls.enabled needs tls.secretName or tls.certManager.enabled" -}}
+{{- end -}}
+{{- if and .Values.tls.workers.enabled (not .Values.tls.enabled) -}}
+{{- fail "tls.workers.enabled needs tls.enabled: a router shows clients and workers one certificate" -}}
+{{- end -}}
+{{- if and .Values.tls.workers.enabled (not .Values.tls.workers.secretName) (not .Values.tls.certManager.enabled) -}}
+{{- fail "tls.workers.enabled needs tls.workers.secretName or tls.certManager.enabled" -}}
+{{- end -}}
+{{- if and .Values.apiKeys.secretName (not .Values.test.apiKeySecretName) -}}
+{{- fail "apiKeys.secretName refuses clients without a key, helm test among them: set test.apiKeySecretName" -}}
 {{- end -}}
 {{- if and .Values.tls.clientCaSecretName (not .Values.test.clientSecretName) -}}
 {{- fail "tls.clientCaSecretName refuses clients without a certificate, helm test among them: set test.clientSecretName" -}}

@@ -31,13 +31,13 @@
     failureThreshold: {{ div (add $worker.startupSeconds 4) 5 }}
   livenessProbe:
     {{- include "baton.probe" (list $root $port "") | nindent 4 }}
-    periodSeconds: 10
+    periodSeconds: {{ include "baton.probePeriod" (list $root 10) }}
     timeoutSeconds: 5
     failureThreshold: 6
   readinessProbe:
     {{- include "baton.probe" (list $root $port "baton.v1.Worker") | nindent 4 }}
-    periodSeconds: 3
-    timeoutSeconds: 3
+    periodSeconds: {{ include "baton.probePeriod" (list $root 3) }}
+    timeoutSeconds: {{ ternary 5 3 $root.Values.tls.workers.enabled }}
     failureThreshold: 3
   lifecycle:
     # Routers see that the pod goes; then SIGTERM drains it: prefill until its pages were fetched, decode
@@ -63,6 +63,9 @@
     - {name: shm, mountPath: /dev/shm}
     - {name: cache, mountPath: /var/cache/baton}
     - {name: config, mountPath: /etc/baton, readOnly: true}
+    {{- if $root.Values.tls.workers.enabled }}
+    - {name: tls, mountPath: /etc/baton-tls, readOnly: true}
+    {{- end }}
     {{- include "baton.modelMount" $root | nindent 4 }}
 {{- end -}}
 
@@ -100,6 +103,10 @@ volumes:
     {{- end }}
   - name: config
     configMap: {name: {{ index . 2 }}}
+  {{- if $root.Values.tls.workers.enabled }}
+  - name: tls
+    secret: {secretName: {{ include "baton.workersTlsSecret" $root }}, defaultMode: 0440}
+  {{- end }}
   {{- include "baton.modelVolume" $root | nindent 2 }}
 {{- with $worker.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
