@@ -55,7 +55,7 @@ class Lock:
 
 LOCKED = (
     Lock(name="build", more=BUILD, project=False),
-    Lock(name="router", extra="redis,kubernetes"),
+    Lock(name="router", extra="redis,kubernetes,otel"),
     Lock(name="worker-cpu", extra="worker", pin=CPU_TORCH, torch_apart=True),
     Lock(name="worker-cuda", extra="cuda", pin=CUDA_TORCH, more=NVCC),
 )
