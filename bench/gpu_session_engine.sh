@@ -34,7 +34,7 @@ step() { # name, seconds, lines of the table, command...
 }
 T=tests/engine/execution
 PYTEST="python3 -m pytest -p no:cacheprovider -q -m gpu --timeout 60 --timeout-method thread -rfEs"
-for want in ${STEPS:-kernels accuracy tests decode products warmup cost offline fp8 deterministic}; do
+for want in ${STEPS:-kernels accuracy tests decode memory warmup cost offline fp8 deterministic}; do
   case $want in
   kernels) [ -f "$jit" ] || step kernels 200 3 python3 bench/gpu_kernels.py ;;
   accuracy) step accuracy 60 16 $PYTEST -s --tb=line $T/test_gpu_accuracy.py ;;
@@ -42,8 +42,8 @@ for want in ${STEPS:-kernels accuracy tests decode products warmup cost offline 
       step "$(basename "$file" .py)" 60 12 $PYTEST --tb=short "$file" # a process each: none can spoil another
     done ;;
   decode) step decode 75 46 python3 bench/gpu_scheduler.py --overlap on --rows 256 --kernels 1,8,64 --prefill --no-offline --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
-  products) step products 60 60 python3 bench/gpu_products.py --json "$OUT/products.json" ;;
-  warmup) step warmup 60 12 python3 -m baton.cli warmup --model-path models/baton-tiny --device cuda --kernel-cache "$OUT/kernel-cache" ;;
+  memory) step memory 60 8 python3 bench/gpu_memory.py ;;
+  warmup) step warmup 60 12 python3 -m baton warmup --model models/baton-tiny --kernel-cache "$OUT/kernel-cache" ;;
   cost) step cost 60 24 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 1 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
   offline) step offline 60 6 python3 bench/gpu_scheduler.py --overlap on --batches "" --no-mixed --json "$OUT/offline.json" ;;
   fp8) step fp8 40 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels "" --no-offline --kv-cache-dtype fp8_e4m3 --json "$OUT/fp8.json" ;;

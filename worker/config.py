@@ -103,7 +103,9 @@ class WorkerConfig(TlsSettings):
     """Size of the KV pool in tokens; 0: on CUDA from mem_fraction, on a CPU 65,536."""
 
     mem_fraction: float = 0.85
-    """Share of the GPU's memory for weights and KV pool together."""
+    """Share of the GPU's memory for all that a worker takes: weights, what its largest steps were
+    measured to need at start, decode graphs, landing window, and the KV pool, which gets the
+    rest."""
 
     cuda_graph_max_batch: int = 256
     """Largest decode batch that is captured as a CUDA graph at start, max_running_requests at most;

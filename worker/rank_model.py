@@ -10,6 +10,7 @@ from engine.errors import ConfigError
 from engine.execution.device import kv_storage_dtype, resolve_device, resolve_dtype
 from engine.execution.kernel_cache import use_kernel_cache
 from engine.execution.model_runner import ModelRunner, load_model_runner
+from engine.execution.step_memory import LargestStep
 from engine.model_config import ModelConfig
 from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Shards
@@ -41,6 +42,16 @@ class RankModel:
     layout: PageLayout
     """Of this rank's pages."""
     dtype: torch.dtype
+
+
+def largest_step(config: WorkerConfig, model: ModelConfig, traffic: KvTraffic) -> LargestStep:
+    """What must fit beside the KV pool."""
+    context = min(model.context_length, config.max_context_length or model.context_length)
+    # A prompt that is computed whole may be as long as the context, whatever a step should hold.
+    chunk = config.chunked_prefill_size or max(context, config.max_prefill_tokens)
+    decoding = 0 if traffic is KvTraffic.SENDS else config.max_running_requests
+    mixed = decoding if config.enable_mixed_chunk else 0
+    return LargestStep(tokens=chunk + mixed, rows=config.max_running_requests)
 
 
 def rank_device(config: WorkerConfig, rank: int) -> torch.device:
@@ -106,12 +117,14 @@ def load_rank_model(
             group=group,
             kv_cache_dtype=config.kv_cache_dtype,
             deterministic=config.deterministic,
+            largest_step=largest_step(config, checkpoint, traffic),
             progress=progress,
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{device} ran out of memory while the model was loaded and its decode steps captured: "
-            "lower --mem-fraction (or --max-total-tokens), --cuda-graph-max-batch or "
-            f"--max-running-requests, or free the GPU ({str(error).splitlines()[0]})"
+            "lower --mem-fraction (or --max-total-tokens), --cuda-graph-max-batch, "
+            "--chunked-prefill-size or --max-running-requests, or free the GPU "
+            f"({str(error).splitlines()[0]})"
         ) from error
     return RankModel(checkpoint=checkpoint, runner=runner, layout=layout, dtype=dtype)

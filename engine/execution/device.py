@@ -1,6 +1,6 @@
 """Which device and dtype to compute on, and how many KV pages fit there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ CONTEXT_BYTES = 3 << 29
 """What a process takes on a GPU besides torch's own memory: CUDA's context, libraries, graphs."""
 
 SPARE_BYTES = 2 << 30
-"""Left free for activations and workspaces."""
+"""Left free for activations and workspaces where nobody has measured them."""
 
 DEFAULT_CPU_TOKENS = 65_536
 """Size of a CPU's KV pool where the operator names none, in tokens."""
@@ -77,12 +77,14 @@ def kv_pool_pages(
     max_total_tokens: int = 0,
     mem_fraction: float = 0.85,
     reserved_bytes: int = 0,
+    steps_bytes: int | None = None,
 ) -> int:
     """Pages of the KV pool, once the weights are loaded.
 
     `max_total_tokens` decides where it is not 0 (rounded up to whole pages). Otherwise a CPU gets
     DEFAULT_CPU_TOKENS, and a GPU what is left of `mem_fraction` of its memory after what
-    this process has taken and `reserved_bytes` more (a landing window, say).
+    this process has taken, `reserved_bytes` more (a landing window, say) and what steps need,
+    `steps_bytes` (None: not measured; SPARE_BYTES are kept of what is free).
 
     Raises ConfigError, naming the figures, where that is not even one page or more than is free.
     """
@@ -94,21 +96,24 @@ def kv_pool_pages(
     if max_total_tokens or device.type != "cuda":
         pages = -(-(max_total_tokens or DEFAULT_CPU_TOKENS) // page_size)
         if device.type == "cuda":
-            _check_fits(pages, page_bytes, device, reserved_bytes)
+            _check_fits(pages, page_bytes, device, reserved_bytes + (steps_bytes or 0))
         return pages
     if not 0 < mem_fraction <= 1:
         raise ConfigError(f"mem_fraction must be in (0, 1], not {mem_fraction}")
     free, total = _memory(device)
     # This process's own: several workers may share a GPU, each with a fraction of its own.
     own = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
-    allowed = min(int(total * mem_fraction) - own, free - SPARE_BYTES)
+    spared = SPARE_BYTES if steps_bytes is None else steps_bytes
+    allowed = min(int(total * mem_fraction) - own - (steps_bytes or 0), free - spared)
     pages = (allowed - reserved_bytes) // page_bytes - 1  # the padding page
     if pages < 1:
         raise ConfigError(
             f"no memory is left for KV pages on {device}: of {_gib(total)} mem_fraction "
             f"{mem_fraction} allows {_gib(int(total * mem_fraction))}, {_gib(free)} are free, "
-            f"weights and context take {_gib(own)} and {_gib(reserved_bytes)} are reserved; a page "
-            f"takes {_gib(page_bytes)}. Raise mem_fraction, or free the GPU"
+            f"weights and context take {_gib(own)}, the largest steps {_gib(spared)}, and "
+            f"{_gib(reserved_bytes)} are reserved for the landing window; a page takes "
+            f"{_gib(page_bytes)}. Raise mem_fraction, lower chunked_prefill_size, "
+            "max_running_requests, cuda_graph_max_batch or landing_slots, or free the GPU"
         )
     return pages
 
@@ -127,6 +132,25 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes; memory that torch caches without need counts as free."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)
+
+
+def memory_report(
+    device: torch.device, *, parts: Mapping[str, int], window_bytes: int, pool_bytes: int
+) -> str:
+    """Where every GiB of a GPU is, or goes: `parts` names what this process has taken besides the
+    pool, and what its steps will; the landing window is taken later."""
+    free, total = _memory(device)
+    left = free - window_bytes - parts.get("activations", 0)
+    here = sum(parts.values()) + pool_bytes + window_bytes
+    named = {
+        **parts,
+        "KV pool": pool_bytes,
+        "landing window": window_bytes,
+        "left free": max(left, 0),
+        "context and other processes": total - here - max(left, 0),
+    }
+    figures = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in named.items())
+    return f"memory of {device}, {_gib(total)}: {figures}"
 
 
 def _gib(count: int) -> str:

@@ -1,7 +1,8 @@
 """Computes one step of a batch: decoder, logits, sampling."""
 
+import gc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,12 @@ from engine.execution.attention import (
     flashinfer_obstacle,
 )
 from engine.execution.decode_graphs import DecodeGraphs
-from engine.execution.device import kv_pool_pages, kv_storage_dtype, to_device
+from engine.execution.device import (
+    kv_pool_pages,
+    kv_storage_dtype,
+    memory_report,
+    to_device,
+)
 from engine.execution.forward_batch import (
     ForwardBatch,
     ForwardMode,
@@ -24,6 +30,13 @@ from engine.execution.forward_batch import (
 )
 from engine.execution.kernel_cache import build_kernels
 from engine.execution.sampler import Sampler, token_logprobs
+from engine.execution.step_memory import (
+    CudaMeter,
+    LargestStep,
+    StepMemory,
+    graphs_bytes,
+    peak_activations,
+)
 from engine.execution.token_by_token import (
     hidden_states_by_token,
     logits_by_token,
@@ -71,6 +84,19 @@ class ModelRunner:
     @property
     def num_layers(self) -> int:
         return self.model_config.num_layers
+
+    @torch.no_grad()
+    def capture(
+        self, up_to: int, group: TensorGroup, progress: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Decode steps up to so many requests are CUDA graphs from now on. Raises ValueError where
+        the attention backend has none."""
+        if not isinstance(self.attention, GraphableAttention):
+            raise ValueError(f"attention {self.attention.name} cannot be captured")
+        self._decode_graphs = DecodeGraphs(
+            self.decoder, self.kv_pool, self.attention, max_batch=up_to, progress=progress
+        )
+        group.replays(self._decode_graphs)
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         """Writes the KV of all input tokens, and draws one token a request."""
@@ -205,6 +231,7 @@ def load_model_runner(
     group: TensorGroup = ALONE,
     kv_cache_dtype: KvCacheDtype = "auto",
     deterministic: bool = False,
+    largest_step: LargestStep | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ModelRunner:
     """Loads the weights, then gives the KV pool what memory is left (see kv_pool_pages), then
@@ -212,6 +239,8 @@ def load_model_runner(
 
     `max_context_length` shortens the model's context (0: as it is). `graphs_up_to` captures decode
     steps up to that many requests as CUDA graphs, on a GPU with kernels for it (0: none).
+    On a GPU `largest_step` is run once before the pool is taken, so that the pool leaves room for
+    what it needs, and `progress` is told where every GiB is (None: SPARE_BYTES are left).
     `progress` is told, line by line, what takes its time.
     With several ranks in `group` all of them call this together, each for its part of the model and
     of the KV heads; they agree on the pages of the one with the least memory.
@@ -231,6 +260,11 @@ def load_model_runner(
     )
     model_config = decoder.config
     kv_dtype = kv_storage_dtype(kv_cache_dtype, dtype)
+    weights_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    make = _Maker(decoder, attention, page_size, kv_dtype, deterministic, progress)
+    needs: StepMemory | None = None
+    if largest_step is not None and device.type == "cuda":
+        needs = make.measured_needs(largest_step, graphs_up_to)
     num_pages = kv_pool_pages(
         model_config,
         page_size=page_size,
@@ -239,36 +273,73 @@ def load_model_runner(
         max_total_tokens=max_total_tokens,
         mem_fraction=mem_fraction,
         reserved_bytes=reserved_bytes,
+        steps_bytes=None if needs is None else needs.total,
     )
-    num_pages = group.least(num_pages, device)
-    kv_pool = PageMajorKVPool(
-        num_pages=num_pages,
-        page_size=page_size,
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        dtype=kv_dtype,
-        device=device,
-        compute_dtype=dtype,
-    )
-    if (
-        device.type == "cuda"
-        and attention != "torch"
-        and not flashinfer_obstacle(model_config, kv_pool)
-    ):
-        build_kernels(model_config, kv_pool, deterministic=deterministic, progress=progress)
-    backend = create_attention(model_config, kv_pool, attention, deterministic=deterministic)
-    graphs = None
-    if graphs_up_to and isinstance(backend, GraphableAttention):
-        with torch.no_grad():
-            graphs = DecodeGraphs(
-                decoder, kv_pool, backend, max_batch=graphs_up_to, progress=progress
-            )
-        group.replays(graphs)
-    return ModelRunner(
-        decoder,
-        kv_pool=kv_pool,
-        attention=backend,
-        decode_graphs=graphs,
-        deterministic=deterministic,
-    )
+    runner = make.runner(group.least(num_pages, device))
+    free_before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if graphs_up_to and isinstance(runner.attention, GraphableAttention):
+        runner.capture(graphs_up_to, group, progress)
+    if needs is not None:
+        torch.cuda.empty_cache()
+        parts = {
+            "weights": weights_bytes,
+            "activations": needs.activations,
+            "attention's workspace": needs.workspace,
+            "decode graphs": free_before - torch.cuda.mem_get_info(device)[0],
+        }
+        pool_bytes = runner.kv_pool.data.nbytes
+        progress(
+            memory_report(device, parts=parts, window_bytes=reserved_bytes, pool_bytes=pool_bytes)
+        )
+    return runner
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Runners of one decoder over pools of any size: a small one to measure, then the real one."""
+
+    decoder: Decoder
+    attention: AttentionName
+    page_size: int
+    kv_dtype: torch.dtype
+    deterministic: bool
+    progress: Callable[[str], None]
+
+    def runner(self, num_pages: int) -> ModelRunner:
+        decoder, config = self.decoder, self.decoder.config
+        kv_pool = PageMajorKVPool(
+            num_pages=num_pages,
+            page_size=self.page_size,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.kv_dtype,
+            device=decoder.device,
+            compute_dtype=decoder.dtype,
+        )
+        on_gpu = kv_pool.device.type == "cuda"
+        if on_gpu and self.attention != "torch" and not flashinfer_obstacle(config, kv_pool):
+            build_kernels(config, kv_pool, deterministic=self.deterministic, progress=self.progress)
+        backend = create_attention(
+            config, kv_pool, self.attention, deterministic=self.deterministic
+        )
+        return ModelRunner(
+            decoder, kv_pool=kv_pool, attention=backend, deterministic=self.deterministic
+        )
+
+    def measured_needs(self, largest: LargestStep, graphs_up_to: int) -> StepMemory:
+        """Of a CUDA device."""
+        runner = self.runner(1)
+        activations = peak_activations(runner, largest, CudaMeter(self.decoder.device))
+        workspace = getattr(runner.attention, "workspace", None)
+        captures = graphs_up_to if isinstance(runner.attention, GraphableAttention) else 0
+        config, page_size = self.decoder.config, self.page_size
+        needs = StepMemory(
+            activations=activations,
+            workspace=0 if workspace is None else workspace.nbytes,
+            graphs=graphs_bytes(config, max_batch=captures, page_size=page_size),
+        )
+        del runner, workspace
+        gc.collect()
+        torch.cuda.empty_cache()
+        return needs

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.execution import device as device_module
-from engine.execution.device import kv_pool_pages, resolve_device, resolve_dtype
+from engine.execution.device import kv_pool_pages, memory_report, resolve_device, resolve_dtype
 from engine.model_config import ModelConfig
 from engine.models.rope import RopeConfig
 
@@ -88,6 +88,31 @@ def test_a_gpu_gives_what_the_fraction_leaves() -> None:
 def test_what_others_took_of_a_shared_gpu_is_not_taken_again() -> None:
     # 800 allowed, but 600 free of which 50 are spared, 100 reserved, 1 for padding.
     assert pages(CUDA, mem_fraction=0.8, reserved_bytes=100 * PAGE_BYTES) == 449
+
+
+@pytest.mark.usefixtures("gpu_memory")
+def test_what_steps_were_measured_to_need_is_inside_the_fraction() -> None:
+    # 500 allowed, 100 taken here, 120 for steps, 1 for padding.
+    assert pages(CUDA, mem_fraction=0.5, steps_bytes=120 * PAGE_BYTES) == 279
+    # 1,000 allowed, but 600 free, of which steps need 120.
+    assert pages(CUDA, mem_fraction=1.0, steps_bytes=120 * PAGE_BYTES) == 479
+    with pytest.raises(ConfigError, match="lower it"):
+        pages(CUDA, max_total_tokens=500 * 64, steps_bytes=120 * PAGE_BYTES)
+
+
+@pytest.mark.usefixtures("gpu_memory")
+def test_the_report_adds_up_to_the_whole_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = {"free": 600 << 30, "total": 1000 << 30}
+    monkeypatch.setattr(device_module, "_memory", lambda device: (gib["free"], gib["total"]))
+    line = memory_report(
+        CUDA,
+        parts={"weights": 100 << 30, "activations": 50 << 30},
+        window_bytes=30 << 30,
+        pool_bytes=200 << 30,
+    )
+    figures = [float(part.rsplit(" ", 1)[1]) for part in line.split(": ", 1)[1].split(", ")]
+    assert figures == [100, 50, 200, 30, 520, 100]
+    assert sum(figures) == 1000
 
 
 @pytest.mark.usefixtures("gpu_memory")
