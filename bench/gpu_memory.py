@@ -1,4 +1,4 @@
-"""Where a GPU's memory goes, as a worker's start-up log says it, and that the largest steps fit then.
+"""Where a GPU's memory goes, as a worker's start says it, and that the largest steps then fit.
 
 python bench/gpu_memory.py            # 8B-Llama shape, a worker's defaults
 """
