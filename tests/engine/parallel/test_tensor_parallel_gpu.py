@@ -1,5 +1,6 @@
 """Two GPUs over NCCL draw what one draws, with captured steps, too."""
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,22 +88,24 @@ def test_captured_steps_of_two_gpus_draw_what_eager_ones_draw(ranks: Ranks, mode
 
 
 def test_captured_steps_replay_the_sums_over_both_gpus(ranks: Ranks, model: Path) -> None:
-    """A graph that left out the other GPU's part would be far off, whatever it draws."""
+    """A graph that left out the other GPU's part would be far off in every row, whatever it draws.
+    Compared with eager steps in bfloat16 too, whose sums the test in float32 covers: with weights
+    as random as these rounding alone moves a row's log probability by tenths now and then."""
     if not flashinfer_installed():
         pytest.skip("steps are captured with FlashInfer's attention; it is not installed")
     asks = [Ask(ask.prompt, {**ask.params, "logprobs": True}) for ask in greedy_asks()]
     found = []
-    for settings in ({}, {"graphs_up_to": ROWS, "dtype": torch.bfloat16}):
-        runner, leading = ranks.load(model, **{**MEMORY, **settings})
+    for graphs in (0, ROWS):
+        settings = {**MEMORY, "graphs_up_to": graphs, "dtype": torch.bfloat16}
+        runner, leading = ranks.load(model, **settings)
         engine = ScheduledModel(runner, behind=lambda *_, to=leading: to)
         engine.run(asks)
         found.append([engine.outputs[f"r{n}"][:2] for n in range(ROWS)])
     # The second token is the first that a captured step draws; compared after the same first one.
-    same = [
-        (full[1], half[1])
-        for full, half in zip(*found, strict=True)
-        if [out.token for out in full] == [out.token for out in half]
+    apart = [
+        abs(captured[1].logprob - eager[1].logprob)
+        for eager, captured in zip(*found, strict=True)
+        if [out.token for out in eager] == [out.token for out in captured]
     ]
-    assert len(same) >= ROWS // 2
-    for full, half in same:
-        assert half.logprob == pytest.approx(full.logprob, abs=0.3)
+    assert len(apart) >= ROWS // 2
+    assert statistics.median(apart) < 0.05
