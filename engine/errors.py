@@ -49,6 +49,13 @@ class OutOfMemoryError(EngineError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class StepMemoryError(EngineError):
+    """A step's activations did not fit into the device's memory, also cut small. The requests of
+    that step end with this; the engine serves on."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
 class UnsupportedModelError(EngineError):
     """The checkpoint asks for something that is not computed here; refused by name."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from engine.errors import StepMemoryError
 from engine.execution.attention import (
     AttentionBackend,
     AttentionName,
@@ -30,6 +31,7 @@ from engine.execution.forward_batch import (
 )
 from engine.execution.kernel_cache import build_kernels
 from engine.execution.sampler import Sampler, token_logprobs
+from engine.execution.smaller_steps import in_parts
 from engine.execution.step_memory import (
     CudaMeter,
     LargestStep,
@@ -99,15 +101,48 @@ class ModelRunner:
         group.replays(self._decode_graphs)
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
-        """Writes the KV of all input tokens, and draws one token a request."""
+        """Writes the KV of all input tokens, and draws one token a request.
+
+        Raises StepMemoryError where memory does not suffice even for parts of the step. (Several
+        ranks cannot go on after one of them left a step in the middle: torch's error passes.)
+        """
+        if self.decoder.num_ranks > 1:
+            return self._forward_whole(batch)
+        try:
+            return self._forward_whole(batch)
+        except torch.OutOfMemoryError:
+            pass  # what the error refers to must be gone before the next attempt
+        hidden = in_parts(batch, lambda part: self._hidden(part, None))
+        try:
+            return self._result(batch, hidden)
+        except torch.OutOfMemoryError as error:
+            raise StepMemoryError(
+                f"the logits of {len(batch.seq_lens_cpu)} requests do not fit into the memory of "
+                f"{hidden.device}: lower --max-running-requests or --mem-fraction"
+            ) from error
+
+    def _forward_whole(self, batch: ForwardBatch) -> ForwardResult:
         if batch.prompt_targets is None:
             return self._sampler.sample(self.forward_logits(batch), batch.sampling)
-        return self._forward_prompt(batch, batch.prompt_targets)
+        return self._result(batch, self._hidden(batch, None))
 
-    @torch.no_grad()
     def forward_split(
         self, batch: ForwardBatch, first_layer: int, last_layer: int
     ) -> ForwardResult:
+        """As `_part`. Raises StepMemoryError where memory runs out."""
+        if self.decoder.num_ranks > 1:
+            return self._part(batch, first_layer, last_layer)
+        try:
+            return self._part(batch, first_layer, last_layer)
+        except torch.OutOfMemoryError as error:
+            raise StepMemoryError(
+                f"layers {first_layer} to {last_layer - 1} of a step of {sum(batch.extend_lens)} "
+                f"tokens do not fit into the memory of {batch.input_ids.device}: lower "
+                "--chunked-prefill-size or --mem-fraction"
+            ) from error
+
+    @torch.no_grad()
+    def _part(self, batch: ForwardBatch, first_layer: int, last_layer: int) -> ForwardResult:
         """Layers `first_layer .. last_layer - 1` of `forward`, of one batch at a time; other
         batches may run between the parts. Raises `ValueError` for a part out of order.
         """
@@ -123,8 +158,7 @@ class ModelRunner:
             self._split = (last_layer, state)
             return ForwardResult(next_token_ids=batch.input_ids[:0], logprobs=None)
         if batch.prompt_targets is not None:
-            hidden = self._hidden_states(state, None)
-            return self._judge_prompt(batch, batch.prompt_targets, hidden)
+            return self._result(batch, self._hidden_states(state, None))
         hidden = self._hidden_states(state, self._last_tokens(batch))
         return self._sampler.sample(self._logits(hidden), batch.sampling)
 
@@ -145,9 +179,13 @@ class ModelRunner:
         return self._logits(self._hidden(batch, self._last_tokens(batch)))
 
     @torch.no_grad()
-    def _forward_prompt(self, batch: ForwardBatch, targets: PromptTargets) -> ForwardResult:
-        """As `forward`, with log probabilities of prompt tokens."""
-        return self._judge_prompt(batch, targets, self._hidden(batch, None))
+    def _result(self, batch: ForwardBatch, hidden: torch.Tensor) -> ForwardResult:
+        """The step's, for the hidden states of all its tokens."""
+        if batch.prompt_targets is not None:
+            return self._judge_prompt(batch, batch.prompt_targets, hidden)
+        last_tokens = self._last_tokens(batch)
+        last = hidden if last_tokens is None else hidden[last_tokens]
+        return self._sampler.sample(self._logits(last), batch.sampling)
 
     def _judge_prompt(
         self, batch: ForwardBatch, targets: PromptTargets, hidden: torch.Tensor
@@ -176,6 +214,7 @@ class ModelRunner:
         result = self._sampler.sample(self._logits(last), batch.sampling)
         return replace(result, prompt=prompt)
 
+    @torch.no_grad()
     def _hidden(self, batch: ForwardBatch, tokens: torch.Tensor | None) -> torch.Tensor:
         """Hidden states of the input tokens `tokens` (None: of all), and the KV of all written."""
         layers = range(self.num_layers)

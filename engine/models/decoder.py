@@ -57,6 +57,11 @@ class Decoder:
         self._num_qk_heads = config.num_heads + config.num_kv_heads
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that compute every step together."""
+        return self._group.size
+
+    @property
     def device(self) -> torch.device:
         return self.weights.embedding.device
 

@@ -72,6 +72,15 @@ class StepsInFlight:
         self._steps.append(step)
         return step
 
+    def give_up(self) -> None:
+        """The step begun last could not be launched. What waited for its end waits for the one
+        before; its requests count as in flight until whoever calls ends them."""
+        step = self._steps.pop()
+        if self._steps:
+            self._steps[-1].parked_pages.extend(step.parked_pages)
+        else:
+            self._memory.free_pages(step.parked_pages)
+
     def launched(self, step: LaunchedStep, batch: ScheduleBatch, result: ForwardResult) -> None:
         """All of it is on its way."""
         step.result = result.start_copy()

@@ -98,6 +98,16 @@ class RequestLifecycle:
         if req.phase is RequestPhase.ENDING and req.in_flight == 0:
             self._end(req)
 
+    def on_step_lost(self, req: Req, *, kv_len: int, error: EngineError | None) -> None:
+        """A step with this request was not computed: it has KV of `kv_len` tokens, and ends with
+        `error` unless it has ended."""
+        req.kv_committed_len = min(req.kv_committed_len, kv_len)
+        if error is None or req.finish_reason is not None:
+            self.on_step_ended(req)
+        else:
+            req.in_flight -= 1
+            self.fail(req, error)
+
     def _end(self, req: Req) -> None:
         self.num_endings += 1
         if req.in_flight:

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from engine.errors import OutOfMemoryError
+from engine.errors import OutOfMemoryError, StepMemoryError
 from engine.execution.forward_batch import BatchRunner
 from engine.grammar.compiler import GrammarCompiler
 from engine.memory.pools import MemoryPools
@@ -22,6 +22,7 @@ from engine.scheduler.admission import (
 )
 from engine.scheduler.admit_waiting import WaitingAdmission
 from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.in_flight import extend_spans
 from engine.scheduler.prefill_adder import PrefillAdder
 from engine.scheduler.req import Req, RequestPhase
 from engine.scheduler.requests import SchedulerRequests
@@ -54,14 +55,19 @@ class Scheduler(SchedulerRequests):
 
     def step(self) -> StepResult:
         """One pass: polls the role, chooses a batch, launches it, handles what a step drew: this
-        batch's, or with overlap the one's before, while the device computes this one. Errors of
-        the runner pass through; the engine cannot go on after one.
+        batch's, or with overlap the one's before, while the device computes this one. A batch that
+        memory does not suffice for (`StepMemoryError`) ends with that error, and the others go on;
+        other errors of the runner pass through, and the engine cannot go on after one.
         """
         self._in_flight.clock.pass_begins(time.monotonic())
         self.role.poll()
         batch = self.get_next_batch_to_run()
         if batch is not None:
-            self._launch(batch)
+            try:
+                self._launch(batch)
+            except StepMemoryError as error:
+                self._lose(batch, error)
+                batch = None
         self.last_batch = None if batch is self._split.batch else batch
         overlaps = batch is not None and self.config.enable_overlap
         self._settle_outstanding(but=1 if overlaps else 0)
@@ -86,6 +92,24 @@ class Scheduler(SchedulerRequests):
         batch.output_ids = result.next_token_ids
         self._in_flight.launched(step, batch, result)
         self._lifecycle.events.num_input_tokens += batch.num_input_tokens
+
+    def _lose(self, batch: ScheduleBatch, error: StepMemoryError) -> None:
+        """The batch was not computed. The tokens that earlier steps drew for it still count."""
+        split = batch is self._split.batch
+        if not split:
+            self._in_flight.give_up()
+        self._settle_outstanding()
+        if self.chunked_req in batch.reqs:
+            self.chunked_req = None
+        if split:
+            self._split.give_up(error)
+            return
+        spans = extend_spans(batch)
+        starts = [span.start for span in spans]
+        starts += [req.kv_committed_len - 1 for req in batch.reqs[len(spans) :]]
+        for req, start in zip(list(batch.reqs), starts, strict=True):
+            self._lifecycle.on_step_lost(req, kv_len=start, error=error)
+        self.running_batch.filter_batch()
 
     def _settle_outstanding(self, *, but: int = 0) -> None:
         """Handles the results of launched steps, oldest first, until `but` are left.

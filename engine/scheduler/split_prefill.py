@@ -8,7 +8,7 @@ none of its KV is lent, since its upper layers do not exist yet.
 
 from collections.abc import Callable
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.execution.forward_batch import BatchRunner, ForwardBatch, SplitRunner
 from engine.scheduler.in_flight import ExtendSpan, StepsInFlight, extend_spans
 from engine.scheduler.lifecycle import RequestLifecycle
@@ -92,11 +92,19 @@ class SplitPrefill:
         if batch is None or runner is None or not all(req.finished() for req in batch.reqs):
             return
         settle()
-        runner.drop_split()
-        for req, span in zip(batch.reqs, self._spans, strict=True):
-            req.kv_committed_len = span.start  # the rest lacks its upper layers
-            self._lifecycle.on_step_ended(req)
+        self.give_up(None)
+
+    def give_up(self, error: EngineError | None) -> None:
+        """The batch is not continued, and no part of it is in flight: whoever of it has not ended
+        ends with `error`."""
+        batch, runner, spans = self.batch, self._runner, self._spans
         self._forget()
+        if batch is None or runner is None:
+            return
+        runner.drop_split()
+        for req, span in zip(batch.reqs, spans, strict=True):
+            # The rest lacks its upper layers.
+            self._lifecycle.on_step_lost(req, kv_len=span.start, error=error)
 
     def _forget(self) -> None:
         self.batch, self._forward_batch, self._spans = None, None, []
