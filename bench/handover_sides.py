@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
+from worker.engine_process import let_threads_alternate
 
 WINDOW_BYTES = 4 << 30
 MAX_WINDOW_SLOTS = 512
@@ -156,11 +156,6 @@ class Front:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
 
-def as_in_an_engine() -> None:
-    """An engine's threads take turns as often (worker/engine_process.py)."""
-    sys.setswitchinterval(0.0005)
-
-
 def make_side(
     transport: Transport,
     *,
@@ -188,7 +183,7 @@ class Reader:
     """Decode's side: grants, copies out, checks."""
 
     def __init__(self, pipe: Connection, device: torch.device, tokens: int) -> None:
-        as_in_an_engine()
+        let_threads_alternate()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -330,7 +325,7 @@ class Writer:
     """Prefill's side: seals, pushes, measures."""
 
     def __init__(self, pipe: Connection, memory: torch.Tensor) -> None:
-        as_in_an_engine()
+        let_threads_alternate()
         if memory.device.type == "cpu":
             torch.set_num_threads(1)
         self._pipe, self._memory = pipe, memory

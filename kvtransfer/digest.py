@@ -101,7 +101,26 @@ def digest_pages(
         ]
         return torch.tensor(values, dtype=torch.int64).view(len(pages), RANGES)
     with own_stream(pool.device):
-        return queue_digests(pool, pages, valid_tokens, layout).cpu()
+        return folded(queue_parts(pool, pages, valid_tokens, layout).cpu())
+
+
+def queue_parts(
+    pool: torch.Tensor,
+    pages: Sequence[int],
+    valid_tokens: Sequence[int],
+    layout: PageLayout,
+) -> torch.Tensor:
+    """As `queue_digests`, but [len(pages), parts of each] int64: the host can add them up
+    (`folded`) for less than another kernel costs."""
+    _check(pool, pages, valid_tokens, layout)
+    if triton_installed():
+        return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
+    return _device_digest(pool, pages, valid_tokens, layout)
+
+
+def folded(parts: torch.Tensor) -> torch.Tensor:
+    """Parts of digests, [n, parts] int64, as digests, [n, RANGES]."""
+    return parts.sum(1).view(len(parts), RANGES)
 
 
 def queue_digests(
@@ -112,10 +131,7 @@ def queue_digests(
 ) -> torch.Tensor:
     """As `digest_pages` for a pool on CUDA, behind what the current stream does, and without
     waiting: [len(pages), RANGES] int64 on the pool's device."""
-    _check(pool, pages, valid_tokens, layout)
-    if triton_installed():
-        return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
-    return _device_digest(pool, pages, valid_tokens, layout)
+    return folded(queue_parts(pool, pages, valid_tokens, layout))
 
 
 def copy_and_digest(
@@ -141,7 +157,8 @@ def copy_and_digest(
         return digest_pages(pool, pages, valid_tokens, layout)
     with own_stream(pool.device):
         if window.device == pool.device and triton_installed():
-            return _launch(window, slots, pool, pages, valid_tokens, layout, copy=True).cpu()
+            parts = _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
+            return folded(parts.cpu())
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
 
@@ -190,7 +207,7 @@ def _launch(
     *,
     copy: bool,
 ) -> torch.Tensor:
-    """One kernel over all rows of all pages; each byte is read once."""
+    """One kernel over all rows of all pages; each byte is read once. [pages, rows] int64."""
     count = len(source_pages)
     row_weights, word_weights = device_weights(layout, target.device)
     numbers = np.array([source_pages, target_pages, valid_tokens], dtype=np.int64)
@@ -212,7 +229,7 @@ def _launch(
         BLOCK=_KERNEL_WORDS,
         num_warps=8,
     )
-    return parts.sum(1).view(count, RANGES)
+    return parts
 
 
 def _check(

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from kvtransfer.digest import digest_pages, own_stream, queue_digests, seals_of
+from kvtransfer.digest import digest_pages, folded, own_stream, queue_parts, seals_of
 from kvtransfer.layout import PageLayout
 
 
@@ -51,8 +51,8 @@ class KnownSeals:
 class QueuedSeals:
     """`PendingSeals` of a stream of a GPU."""
 
-    _digests: torch.Tensor
-    """In pinned memory."""
+    _parts: torch.Tensor
+    """Of the digests, in pinned memory."""
     _event: torch.cuda.Event
 
     def ended(self) -> bool:
@@ -61,7 +61,7 @@ class QueuedSeals:
 
     def seals(self) -> list[bytes]:
         self._event.synchronize()
-        return seals_of(self._digests)
+        return seals_of(folded(self._parts))
 
 
 class PoolSealer:
@@ -79,9 +79,9 @@ class PoolSealer:
         if self._pool.device.type == "cpu":
             return KnownSeals(self.seals(pages, valid_tokens))
         with own_stream(self._pool.device) as stream:
-            digests = queue_digests(self._pool, pages, valid_tokens, self._layout)
-            here = torch.empty(digests.shape, dtype=digests.dtype, pin_memory=True)
-            here.copy_(digests, non_blocking=True)
+            parts = queue_parts(self._pool, pages, valid_tokens, self._layout)
+            here = torch.empty(parts.shape, dtype=parts.dtype, pin_memory=True)
+            here.copy_(parts, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
         return QueuedSeals(here, event)

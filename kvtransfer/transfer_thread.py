@@ -5,9 +5,7 @@ transports that must be polled, every 20 to 500 µs: a progress thread of NIXL's
 would spin a whole core.
 """
 
-import ctypes
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -38,13 +36,6 @@ logger = logging.getLogger(__name__)
 
 MIN_POLL_S = 20e-6
 """First pause while transfers are alive: a page's time on the wire between two GPUs."""
-
-TIMER_SLACK_NS = 1_000
-"""Linux lets a thread's sleeps last 50 µs longer than asked, so that it may wake several at once;
-this thread's are shorter than that."""
-
-_PR_SET_TIMERSLACK = 29
-"""Of prctl(2); acts on the calling thread."""
 
 RECEIVING_POLL_S = 100e-6
 """Longest pause while pages of some transfer come in and only polling shows them."""
@@ -121,8 +112,6 @@ class TransferThread:
             # a stream of its own: digests before sending neither wait for nor delay the model's
             torch.cuda.set_device(self._device)
             torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
         pause = MIN_POLL_S
         while not self._stopping:
             try:

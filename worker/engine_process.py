@@ -4,6 +4,7 @@ Started by the front as `python -m prefill_service.engine` (or another role's) w
 file descriptors: the channel, the landing window's file and the outbox's.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -36,9 +37,21 @@ _LEAST_HOLD_S = 0.0003
 _LONGEST_HOLD_S = 0.002
 """After which it is asked again: a step may end before it was expected to."""
 
-_SWITCH_INTERVAL_S = 0.0005
-"""Longest that one thread of the engine computes in Python while another waits to: Python's 5 ms
-would keep a page that has landed, or a write that has ended, waiting for most of a decode step."""
+_SWITCH_INTERVAL_S = 50e-6
+"""Longest that one thread of the engine computes in Python while another waits to. Each call into
+torch gives the others a chance, and the transfer thread makes a dozen of them for a write: with
+500 us they took 7 ms on an idle pair of GPUs, for bytes that need 0.8 (bench/README.md)."""
+
+_TIMER_SLACK_NS = 1_000
+"""Linux lets a sleep last 50 us longer than asked, to wake several threads at once; those of an
+engine are shorter than that."""
+
+_PR_SET_TIMERSLACK = 29
+"""Of prctl(2): for the calling thread, and those that it starts."""
+
+_QUIET_S = 0.02
+"""How long nothing must have happened before an idle engine counts its pages: the milliseconds that
+this takes must not fall on a handover whose last pages are just leaving."""
 
 EXIT_FRONT_GONE = 3
 
@@ -50,7 +63,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     # Ctrl-C reaches the whole process group: the front drains, then tells the engine to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    let_threads_alternate()
     channel_fd, window_fd, outbox_fd = map(int, arguments)
     channel = EngineChannel(
         socket.socket(fileno=channel_fd), on_closed=lambda: os._exit(EXIT_FRONT_GONE)
@@ -84,6 +97,14 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     parts.ranks.close()
     channel.close()
     return 0
+
+
+def let_threads_alternate() -> None:
+    """Of this process: an engine computes on one thread and listens, moves pages and writes on
+    others, for which a tenth of a millisecond is long."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
 
 
 def _first_message(channel: EngineChannel) -> dict[str, Any]:
@@ -130,7 +151,8 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
     state that may be wrong must not go on answering.
     """
     channel, scheduler = parts.channel, role.scheduler
-    was_busy = True
+    counted = False
+    quiet_since = time.monotonic()
     while True:
         if not _handle_messages(channel, role) or not _listen(channel, role):
             return
@@ -143,14 +165,17 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
         role.publish(result)
         busy = result.ran or scheduler.has_work()
         if busy:
+            counted = False
+            quiet_since = time.monotonic()
             role.send_status_if_due()
-        elif was_busy:
+        elif not counted and time.monotonic() - quiet_since >= _QUIET_S:
             # A page or row that is not accounted for ends the process here, not a request later.
             scheduler.check_invariant()
             role.send_status()
-        was_busy = busy
+            counted = True
         if role.draining and role.is_idle():
             role.draining = False
             channel.send(channel_pb2.EngineToFront(drained=True))
         if not result.ran:
-            channel.wait(COPY_WAIT_S if parts.memory.has_pending_copies() else IDLE_WAIT_S)
+            idle_s = IDLE_WAIT_S if counted else _QUIET_S
+            channel.wait(COPY_WAIT_S if parts.memory.has_pending_copies() else idle_s)
