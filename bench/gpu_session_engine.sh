@@ -42,10 +42,10 @@ for want in ${STEPS:-kernels accuracy tests decode memory warmup cost offline fp
       step "$(basename "$file" .py)" 60 12 $PYTEST --tb=short "$file" # a process each: none can spoil another
     done ;;
   decode) step decode 75 46 python3 bench/gpu_scheduler.py --overlap on --rows 256 --kernels 1,8,64 --prefill --no-offline --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
-  memory) step memory 60 8 python3 bench/gpu_memory.py ;;
+  memory) step memory 60 12 python3 bench/gpu_memory.py ;;
   warmup) step warmup 60 12 python3 -m baton warmup --model models/baton-tiny --kernel-cache "$OUT/kernel-cache" ;;
   cost) step cost 60 24 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 1 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
-  offline) step offline 60 6 python3 bench/gpu_scheduler.py --overlap on --batches "" --no-mixed --json "$OUT/offline.json" ;;
+  offline) step offline 85 6 python3 bench/gpu_scheduler.py --overlap on --batches "" --json "$OUT/offline.json" ;;
   fp8) step fp8 40 12 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels "" --no-offline --kv-cache-dtype fp8_e4m3 --json "$OUT/fp8.json" ;;
   deterministic) step deterministic 80 14 $PYTEST $T/test_gpu_deterministic.py ;;
   tp_tests) step tp_tests 85 30 $PYTEST -s --tb=short tests/engine/parallel/test_tensor_parallel_gpu.py ;;

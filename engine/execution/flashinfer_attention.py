@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.execution.forward_batch import ForwardBatch
+from engine.execution.forward_batch import ForwardBatch, ForwardMode
 from engine.execution.page_table import PageTable, TableBuffers, host_int32, page_table
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
@@ -44,22 +44,33 @@ class FlashInferAttention:
         self._decode: Any = library.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
-        self._wrapper: Any = self._decode
-        self._planned = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._prefill_tokens = 0
+        """Of the planned step; the tokens after them decode."""
+        self._planned: dict[int, torch.cuda.Event] = {}
 
     def plan(self, batch: ForwardBatch) -> None:
         pages = page_table(batch, self._pool.page_size)
-        if batch.forward_mode.is_decode():
-            self._wrapper = self._decode
-            self.plan_decode(self._decode, pages)
-        else:
-            self._wrapper = self._prefill
-            queries = host_int32([0, *accumulate(batch.extend_lens)])
+        prompts = num_prompts(batch)
+        lengths = batch.extend_lens[:prompts]
+        self._prefill_tokens = sum(lengths)
+        if prompts:
+            queries = host_int32([0, *accumulate(lengths)])
             head_dim = self._config.head_dim
-            self._plan(self._prefill, queries, *_arrays(pages), head_dim_qk=head_dim, causal=True)
+            arrays = _arrays(pages.first(prompts))
+            self._plan(self._prefill, queries, *arrays, head_dim_qk=head_dim, causal=True)
+        if prompts < len(batch.extend_lens):
+            self.plan_decode(self._decode, pages.after(prompts))
 
     def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        return self.run_with(self._wrapper, layer, q)
+        cut = self._prefill_tokens
+        if cut == 0:
+            return self.run_with(self._decode, layer, q)
+        if cut == q.shape[0]:
+            return self.run_with(self._prefill, layer, q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self._prefill.run(q[:cut], self._layers[layer], out=out[:cut])
+        self._decode.run(q[cut:], self._layers[layer], out=out[cut:])
+        return out.view(out.shape[0], -1)
 
     def for_graph(self, buffers: TableBuffers, rows: int) -> "FlashInferGraphAttention":
         """Decode of `rows` requests, whose plan lies at fixed addresses."""
@@ -75,9 +86,12 @@ class FlashInferAttention:
         return out.view(out.shape[0], -1)
 
     def _plan(self, wrapper: Any, *arrays: torch.Tensor, **settings: Any) -> None:
-        # A wrapper stages its plan in one pinned buffer and copies it asynchronously. The copy
-        # runs ahead of its step's kernels, so this wait is for the past, not for the device.
-        self._planned.synchronize()
+        # A wrapper stages its plan in a pinned buffer of its own and copies it asynchronously. The
+        # copy runs ahead of its step's kernels, so this wait is for the past, not for the device.
+        planned = self._planned.get(id(wrapper))
+        if planned is None:
+            planned = self._planned[id(wrapper)] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        planned.synchronize()
         wrapper.plan(
             *arrays,
             num_qo_heads=self._config.num_heads,
@@ -87,7 +101,7 @@ class FlashInferAttention:
             kv_data_type=self._pool.dtype,
             **settings,
         )
-        self._planned.record()
+        planned.record()
 
 
 class FlashInferGraphAttention:
@@ -112,6 +126,21 @@ class FlashInferGraphAttention:
 
     def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return self._shared.run_with(self._wrapper, layer, q)
+
+
+def num_prompts(batch: ForwardBatch) -> int:
+    """Requests at the batch's beginning that go through the prefill kernels.
+
+    In a mixed step those who decode stand last; through prefill's kernels each would take a tile of
+    128 queries for its one, and the step longer than prefill and decode apart.
+    """
+    if batch.forward_mode.is_decode():
+        return 0
+    count = len(batch.extend_lens)
+    if batch.forward_mode is ForwardMode.MIXED:
+        while count and batch.extend_lens[count - 1] == 1:
+            count -= 1
+    return count
 
 
 def _arrays(pages: PageTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

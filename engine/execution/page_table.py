@@ -20,6 +20,21 @@ class PageTable:
     last_page_len: torch.Tensor
     """[b] int32 on the host: tokens in each request's last page, 1 to page_size."""
 
+    def first(self, requests: int) -> "PageTable":
+        """Of the first so many requests."""
+        end = int(self.indptr[requests])
+        return PageTable(
+            self.indptr[: requests + 1], self.indices[:end], self.last_page_len[:requests]
+        )
+
+    def after(self, requests: int) -> "PageTable":
+        """Of those after the first so many."""
+        if requests == 0:
+            return self
+        start = int(self.indptr[requests])
+        indptr = host_int32([end - start for end in self.indptr[requests:].tolist()])
+        return PageTable(indptr, self.indices[start:], self.last_page_len[requests:])
+
 
 class TableBuffers:
     """Page tables at fixed addresses for captured graphs; sizes share them, since only one graph

@@ -93,8 +93,14 @@ class FakeWrapper:
             length = (len(pages) - 1) * page_size + int(last[row])
             self._rows.append((qo[row], qo[row + 1], pages, length))
 
-    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        out = torch.empty(q.shape)
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert q.shape[0] == self._rows[-1][1]
+        out = torch.empty(q.shape) if out is None else out
         for start, end, pages, length in self._rows:
             k, v = (cache[pages].flatten(0, 1)[:length] for cache in kv)
             repeat = q.shape[1] // k.shape[1]
@@ -179,7 +185,8 @@ def fake_decode(*arguments: Any, use_cuda_graph: bool = False, **settings: Any) 
 def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch.Tensor]:
     """A capture without CUDA: replaying computes the step anew, into the same tensor."""
     output = step()
-    return lambda: output.copy_(step()), output
+    graph = SimpleNamespace(replay=lambda: output.copy_(step()), reset=lambda: None)
+    return graph, output
 
 
 @pytest.fixture
@@ -207,20 +214,24 @@ def test_flashinfer_is_told_the_same_story_as_torch(runner: MakeRunner) -> None:
     outcomes = []
     for backend in backends:
         harness = Harness(model.kv_pool)
-        a, b, c = (harness.row(random_prompt(length, seed=length)) for length in (60, 40, 30))
+        a, b, c, d = (harness.row(random_prompt(length, seed=length)) for length in (61, 40, 31, 5))
         model.attention = backend
         steps = [
             harness.extend((a, 40), (b, 16)),
             harness.extend((a, 18), (c, 29)),
             harness.decode(a, c),
-            harness.extend((b, 24), (a, 1), mode=ForwardMode.MIXED),
+            harness.extend((b, 14), (a, 1), (c, 1), mode=ForwardMode.MIXED),
+            harness.extend((b, 1), (a, 1), mode=ForwardMode.MIXED),
+            harness.extend((b, 1), (d, 1)),
         ]
         outcomes.append([model.forward_logits(step) for step in steps])
     for expected, actual in zip(*outcomes, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    # In a mixed step those who decode go through decode's kernels, whoever has a token to compute
+    # in a prompt's step through prefill's.
     flashinfer = backends[1]
     assert isinstance(flashinfer, FlashInferAttention)
-    assert (flashinfer._prefill.plans, flashinfer._decode.plans) == (3, 1)
+    assert (flashinfer._prefill.plans, flashinfer._decode.plans) == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from engine.execution.attention import AttentionName
 from engine.execution.flashinfer_attention import FlashInferAttention
-from engine.execution.forward_batch import ForwardBatch, ForwardResult
+from engine.execution.forward_batch import ForwardBatch, ForwardMode, ForwardResult
 from engine.execution.model_runner import ModelRunner, load_model_runner
 from engine.memory.pools import MemoryPools
 from engine.model_config import ModelConfig
@@ -229,3 +229,25 @@ def test_a_split_step_plans_again_after_the_decode_step_between_its_parts(
         written.append(model.kv_pool.data.clone())
     assert drawn[0] == drawn[1]
     assert torch.equal(written[0], written[1])
+
+
+def test_a_mixed_step_draws_and_writes_what_an_extend_of_the_same_tokens_does(
+    make_runner: MakeRunner,
+) -> None:
+    """Those who decode in it go through decode's kernels, and planning both waits for nothing."""
+    model = make_runner("flashinfer")
+    logits = []
+    for mode in (ForwardMode.EXTEND, ForwardMode.MIXED):
+        model.kv_pool.data.zero_()
+        harness = Harness(model.kv_pool)
+        prompts = [harness.row(random_prompt(150, seed=n)) for n in range(2)]
+        others = [harness.row(random_prompt(80 + n, seed=9 + n)) for n in range(4)]
+        model.forward(harness.extend(*((row, 70 + n) for n, row in enumerate(others))))
+        rows = [(prompts[0], 100), (prompts[1], 33), *((row, 1) for row in others)]
+        batch = harness.extend(*rows, mode=mode)
+        model.forward_logits(batch)  # again below: what was written is written as it was
+        with no_waiting():
+            found = model.forward_logits(batch)
+        logits.append(found.clone())
+    apart = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert float(apart) < 3e-2
