@@ -42,6 +42,8 @@ for want in ${STEPS:-kernels accuracy tests decode memory warmup cost offline fp
       step "$(basename "$file" .py)" 60 12 $PYTEST --tb=short "$file" # a process each: none can spoil another
     done ;;
   decode) step decode 75 46 python3 bench/gpu_scheduler.py --overlap on --rows 256 --kernels 1,8,64 --prefill --no-offline --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
+  mixed) step mixed 45 12 $PYTEST --tb=short $T/test_gpu_scheduler.py ;;
+  products) step products 45 24 python3 bench/gpu_products.py --json "$OUT/products.json" ;;
   memory) step memory 60 12 python3 bench/gpu_memory.py ;;
   warmup) step warmup 60 12 python3 -m baton warmup --model models/baton-tiny --kernel-cache "$OUT/kernel-cache" ;;
   cost) step cost 60 24 python3 bench/gpu_scheduler.py --overlap on --batches 1,64,256 --rows 256 --kernels 1 --prefill --no-offline --deterministic --json "$OUT/deterministic.json" ;;
