@@ -36,6 +36,7 @@ from kvtransfer.sender import Sender
 from kvtransfer.states import TransferFailure
 from kvtransfer.tally import TransferTally, TransportTally
 from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.trace import Trace, no_trace
 from kvtransfer.transfer_thread import TransferThread
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow, SlotCounts
@@ -88,6 +89,7 @@ class TransferAgent:
         quarantine: type[Quarantine] = Quarantine,
         place: RankPlace | None = None,
         sealer: Sealer | None = None,
+        trace: Trace = no_trace,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
         `window`: where incoming ones land (None: only sends), `more_windows` what may replace it.
@@ -108,6 +110,7 @@ class TransferAgent:
             clock=clock,
             verify=verify,
             sealer=sealer,
+            trace=trace,
         )
         policy = policy or QuarantinePolicy()
         self._windows: LandingWindows | None = None
@@ -128,6 +131,7 @@ class TransferAgent:
             emit=self._emit,
             clock=clock,
             lease_s=lease_s,
+            trace=trace,
         )
         self._transports = dict(transports)
         self._offers = {name: transport.local_offer() for name, transport in transports.items()}

@@ -25,12 +25,17 @@ class PendingSeals(Protocol):
 class Sealer(Protocol):
     """Over all ranks of this worker: a seal holds the digest of each rank's part, in order."""
 
+    @property
+    def queues(self) -> bool:
+        """Whether `start` leaves the work to a device, rather than do it at once."""
+        ...
+
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         """Seals of pool pages as they are now; waits for the device."""
         ...
 
     def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
-        """The same without waiting for a device."""
+        """The same without waiting where it `queues`."""
         ...
 
 
@@ -75,8 +80,12 @@ class PoolSealer:
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         return seals_of(digest_pages(self._pool, pages, valid_tokens, self._layout))
 
+    @property
+    def queues(self) -> bool:
+        return self._pool.device.type == "cuda"
+
     def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
-        if self._pool.device.type == "cpu":
+        if not self.queues:
             return KnownSeals(self.seals(pages, valid_tokens))
         with own_stream(self._pool.device) as stream:
             parts = queue_parts(self._pool, pages, valid_tokens, self._layout)

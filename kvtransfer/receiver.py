@@ -32,6 +32,7 @@ from kvtransfer.outgoing import beat_s
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import LandedPage, Ticket
+from kvtransfer.trace import HEARD, Trace, no_trace
 from kvtransfer.windows import LandingWindows
 from protos.baton.v1 import kv_pb2
 
@@ -54,6 +55,7 @@ class Receiver:
         clock: Clock,
         lease_s: float,
         max_slots_per_ticket: int = 0,
+        trace: Trace = no_trace,
     ) -> None:
         """`windows` None: the worker only sends. `max_slots_per_ticket` 0: a quarter of a window,
         so that one long prompt streams through a few slots and leaves room for others."""
@@ -65,6 +67,7 @@ class Receiver:
         self._emit = emit
         self._clock = clock
         self._lease_s = lease_s
+        self._trace = trace
         slots = windows.current.slots if windows is not None else 0
         self._max_slots = max_slots_per_ticket or max(1, slots // 4)
         self._lock = threading.Lock()
@@ -289,6 +292,7 @@ class Receiver:
         state = advance(entry.state, Trigger.PAGES)
         if fresh and state is not None:
             entry.state = state
+            self._trace(entry.ticket.request_id, HEARD)
             self._emit(
                 PagesLanded(
                     request_id=entry.ticket.request_id,

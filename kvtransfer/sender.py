@@ -8,7 +8,7 @@ compares its own, hears of the pages no later for it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -31,6 +31,7 @@ from kvtransfer.outgoing import (
 from kvtransfer.pool_sealer import PendingSeals, PoolSealer, Sealer
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.trace import STARTED, WRITTEN, Trace, no_trace
 from kvtransfer.transport import WriteId
 from protos.baton.v1 import kv_pb2
 
@@ -55,6 +56,7 @@ class Sender:
         clock: Clock,
         verify: bool = True,
         sealer: Sealer | None = None,
+        trace: Trace = no_trace,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of every page; None where the worker only
         receives. `sealer`: None where this pool is all of it."""
@@ -66,6 +68,7 @@ class Sender:
         self._emit = emit
         self._clock = clock
         self._verify = verify
+        self._trace = trace
         if sealer is None and pool is not None:
             sealer = PoolSealer(pool, layout)
         self._sealer = sealer
@@ -285,6 +288,7 @@ class Sender:
         if write is None:
             return
         self._note_end(write)
+        self._trace(write.out.ticket.request_id, WRITTEN)
         if write.checked:
             self._settle_write(key, write)
         else:
@@ -394,12 +398,6 @@ class Sender:
         whole = (page for page in out.pending if page.position not in out.early)
         return list(islice(whole, min(len(out.credits), self._write_pages)))
 
-    def _start_check(self, out: Outgoing, pages: list[SourcePage]) -> PendingSeals | None:
-        if not self._verify or self._sealer is None or is_probe(out.ticket.request_id):
-            return None
-        valid = [page.valid_tokens for page in pages]
-        return self._sealer.start([page.page for page in pages], valid)
-
     def _write(self, out: Outgoing, pages: list[SourcePage]) -> None:
         begun = [out.early[page.position] for page in pages if page.position in out.early]
         slots = [early.slot for early in begun] or list(islice(out.credits, len(pages)))
@@ -413,11 +411,13 @@ class Sender:
         if transport is None:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
             return
-        check = self._start_check(out, pages)
-        write = Write(out, pages, check=check)
-        if write.checked and (spoilt := write.spoilt()):
-            self._fail(out, TransferFailure.MISMATCH, spoilt)
-            return
+        sealer = self._sealer if self._verify and not is_probe(out.ticket.request_id) else None
+        check = None
+        if sealer is not None and not sealer.queues:
+            check = _start_check(sealer, pages)
+            if spoilt := Write(out, pages, check=check).spoilt():
+                self._fail(out, TransferFailure.MISMATCH, spoilt)
+                return
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
         try:
             write_id = transport.write(
@@ -432,10 +432,13 @@ class Sender:
                 out.credits.popleft()
         out.state = advance(out.state, Trigger.PAGES) or out.state
         out.pages += len(pages)
+        self._trace(out.ticket.request_id, STARTED)
+        if sealer is not None and sealer.queues:
+            check = _start_check(sealer, pages)  # the wire is at work meanwhile
         key = (transport.name, write_id)
         out.writes.add(key)
         out.last_sent = out.last_written = self._clock()
-        self._writes[key] = write
+        self._writes[key] = Write(out, pages, check=check)
 
     def _fail(self, out: Outgoing, failure: TransferFailure, detail: str) -> None:
         state = advance(out.state, Trigger.FAILURE)
@@ -495,3 +498,7 @@ class Sender:
             del self._by_key[out.key]
             failed = out.state == TransferState.FAILED
             self._tombstones.bury(out.key, (out.failure, out.detail) if failed else None)
+
+
+def _start_check(sealer: Sealer, pages: Sequence[SourcePage]) -> PendingSeals:
+    return sealer.start([page.page for page in pages], [page.valid_tokens for page in pages])

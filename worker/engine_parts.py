@@ -24,6 +24,7 @@ from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
 from worker.fingerprint import model_digest
+from worker.handover_trace import HandoverTrace
 from worker.host_memory import host_cache_copier, retract_copier
 from worker.kv_traffic import KvTraffic
 from worker.rank_kv import RankKv, RankLander, RankSealer
@@ -236,6 +237,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             wake=process.channel.wake,
             place=place,
             sealer=RankSealer(kv, ranks.transfer_links) if sends else None,
+            trace=HandoverTrace(config.handover_trace).mark,
         ),
         sealer=RankSealer(kv, ranks.links),
         lander=RankLander(kv, ranks.links),

@@ -37,10 +37,11 @@ _LEAST_HOLD_S = 0.0003
 _LONGEST_HOLD_S = 0.002
 """After which it is asked again: a step may end before it was expected to."""
 
-_SWITCH_INTERVAL_S = 50e-6
+_SWITCH_INTERVAL_S = 10e-6
 """Longest that one thread of the engine computes in Python while another waits to. Each call into
 torch gives the others a chance, and the transfer thread makes a dozen of them for a write: with
-500 us they took 7 ms on an idle pair of GPUs, for bytes that need 0.8 (bench/README.md)."""
+500 us they took 7 ms on an idle pair of GPUs, with 50 us 3.7, for bytes that need 0.8
+(bench/README.md)."""
 
 _TIMER_SLACK_NS = 1_000
 """Linux lets a sleep last 50 us longer than asked, to wake several threads at once; those of an

@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvtransfer.trace import HEARD, STARTED, WRITTEN
+
 COMPUTED, SEALED, PUSHED = "computed", "sealed", "pushed"
 """Prefill: the last step's results are here; its pages are sealed; all was handed to the
 transfer."""
+# Between the two, of the transfer thread: kvtransfer/trace.py.
 ARRIVED, CHECKED, JOINED, LAUNCHED, DECODED = "arrived", "checked", "joined", "launched", "decoded"
 """Decode: landed pages are looked at; they are copied out and checked; the request waits for the
 next launch; its first step is prepared and about to be launched; that step's token is here. The
@@ -46,13 +49,17 @@ def read_trace(path: Path) -> dict[str, dict[str, list[float]]]:
 
 def phases_ms(events: dict[str, list[float]]) -> dict[str, float]:
     """What one handover spent where; empty for one that did not happen in full."""
-    if not {COMPUTED, SEALED, PUSHED, ARRIVED, CHECKED, JOINED, LAUNCHED, DECODED} <= events.keys():
+    wanted = {COMPUTED, SEALED, PUSHED, STARTED, WRITTEN, HEARD, ARRIVED, CHECKED, JOINED, LAUNCHED}
+    if not wanted | {DECODED} <= events.keys():
         return {}
     ends = {name: moments[-1] for name, moments in events.items()}
     steps: Iterable[tuple[str, float, float]] = (
         ("seal", ends[COMPUTED], ends[SEALED]),
         ("push", ends[SEALED], ends[PUSHED]),
-        ("transfer", ends[PUSHED], ends[ARRIVED]),
+        ("start", ends[PUSHED], ends[STARTED]),
+        ("wire", ends[STARTED], ends[WRITTEN]),
+        ("announce", ends[WRITTEN], ends[HEARD]),
+        ("look", ends[HEARD], ends[ARRIVED]),
         ("check", ends[ARRIVED], ends[CHECKED]),
         ("finish", ends[CHECKED], ends[JOINED]),
         ("join", ends[JOINED], ends[LAUNCHED]),

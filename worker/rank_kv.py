@@ -85,6 +85,10 @@ class RankSealer:
         parts += [_split(link.answer()) for link in self._links]
         return [b"".join(ranks) for ranks in zip(*parts, strict=True)]
 
+    @property
+    def queues(self) -> bool:
+        return not self._links and self._local.pool.device.type == "cuda"
+
     def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
         """Waits where there are other ranks, whose answers come over their links."""
         if self._links:
