@@ -31,6 +31,10 @@ class LateSealer(PoolSealer):
         super().__init__(pool, LAYOUT)
         self.asked: list[LateSeals] = []
 
+    @property
+    def queues(self) -> bool:
+        return True
+
     def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
         self.asked.append(LateSeals(self.seals(pages, valid_tokens)))
         return self.asked[-1]
