@@ -38,11 +38,11 @@ for want in ${STEPS:-kernels accuracy tests decode memory warmup cost offline fp
   case $want in
   kernels) [ -f "$jit" ] || step kernels 200 3 python3 bench/gpu_kernels.py ;;
   accuracy) step accuracy 60 16 $PYTEST -s --tb=line $T/test_gpu_accuracy.py ;;
-  tests) for file in $T/test_gpu.py $T/test_gpu_scheduler.py tests/engine/memory/test_host_tier_gpu.py $T/test_token_mask.py; do
+  tests) for file in $T/test_gpu.py $T/test_gpu_scheduler.py $T/test_gpu_memory.py tests/engine/memory/test_host_tier_gpu.py $T/test_token_mask.py; do
       step "$(basename "$file" .py)" 60 12 $PYTEST --tb=short "$file" # a process each: none can spoil another
     done ;;
   decode) step decode 75 46 python3 bench/gpu_scheduler.py --overlap on --rows 256 --kernels 1,8,64 --prefill --no-offline --figure "$OUT/idle.svg" --json "$OUT/decode.json" ;;
-  mixed) step mixed 45 12 $PYTEST --tb=short $T/test_gpu_scheduler.py ;;
+  mixed) step mixed 60 30 $PYTEST --tb=short $T/test_gpu_scheduler.py $T/test_gpu_memory.py ;;
   products) step products 45 24 python3 bench/gpu_products.py --json "$OUT/products.json" ;;
   memory) step memory 60 12 python3 bench/gpu_memory.py ;;
   warmup) step warmup 60 12 python3 -m baton warmup --model models/baton-tiny --kernel-cache "$OUT/kernel-cache" ;;

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from engine.execution.model_runner import ModelRunner
 from engine.memory.pools import MemoryPools
-from engine.parallel.group import ALONE
+from engine.parallel.group import ALONE, TensorGroup
 from tests.checkpoints import KINDS, random_prompt, reference_model, write_checkpoint, write_config
 from tests.engine.execution.scheduled import Ask, ScheduledModel, one_by_one, random_asks
 from tests.engine.parallel.ranks import Ranks, load, running_ranks
@@ -113,3 +114,22 @@ def test_log_probabilities_of_prompts_are_those_of_one_rank(ranks: Ranks, tmp_pa
         found.append([token.logprob for token in first.prompt if token.logprob is not None])
     assert len(found[0]) == 39
     assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_captured_steps_are_given_back_before_the_group_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL would wait for them for ever."""
+    done: list[str] = []
+
+    class Steps:
+        def release(self) -> None:
+            done.append("released")
+
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: done.append("ended"))
+    group, kept, forgotten = TensorGroup(0, 2), Steps(), Steps()
+    group.replays(kept)
+    group.replays(forgotten)
+    del forgotten
+    group.leave()
+    assert done == ["released", "ended"]
