@@ -1,4 +1,4 @@
-"""On a CUDA device that is made small: a step that does not fit, and what is left for it at start."""
+"""On a CUDA device that is made small: a step that does not fit, and what a start leaves for it."""
 
 from collections.abc import Iterator
 
