@@ -3,8 +3,9 @@
 import sys
 
 from prefill_service.role import PrefillRole
+from worker.ending import end_process
 from worker.engine_process import run_engine
 from worker.kv_traffic import KvTraffic
 
 if __name__ == "__main__":
-    sys.exit(run_engine(sys.argv[1:], PrefillRole, traffic=KvTraffic.SENDS))
+    end_process(run_engine(sys.argv[1:], PrefillRole, traffic=KvTraffic.SENDS))

@@ -17,6 +17,7 @@ from engine.parallel.group import join_group
 from engine.parallel.runners import FollowingRunner
 from observability import logs
 from worker.config import WorkerConfig
+from worker.ending import end_process
 from worker.kv_traffic import KvTraffic
 from worker.rank_link import Kind, RankLink
 from worker.rank_memory import following_memory
@@ -73,7 +74,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stderr.flush()
-    # Without Python's own ending: the reader's thread would take the closed link for a death.
-    os._exit(status)
+    end_process(main(sys.argv[1:]))
