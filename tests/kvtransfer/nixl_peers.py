@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -55,7 +56,9 @@ class StoppingTransport(NixlTransport):
     ) -> WriteId:
         if self.stop_next:
             self.stop_next = False
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this very thread: the process's own signal might reach the main one first, and the
+            # write be posted before everything stands still.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return super().write(peer, copies, message, part=part)
 
 
@@ -76,6 +79,7 @@ class NoQuarantine(Quarantine):
 def prefill_main(pipe: Connection, instance: str) -> None:
     """Sends pages 0..n of its pool for each ticket it is given."""
     torch.set_num_threads(1)
+    torch.seed()  # forked processes begin with one state, and each is to have pages of its own
     pool = torch.randint(0, 256, (PAGES, LAYOUT.page_bytes), dtype=torch.uint8)
     transport = StoppingTransport(instance_id=instance, pool=pool, landing=None)
     agent = TransferAgent(

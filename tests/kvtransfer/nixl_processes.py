@@ -7,6 +7,10 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
+CONTEXT = multiprocessing.get_context("forkserver")
+# Forked from one process that has imported torch and NIXL, and has no thread yet.
+CONTEXT.set_forkserver_preload(["tests.kvtransfer.nixl_peers"])
+
 
 class Process:
     """One side, as its test sees it."""
@@ -14,8 +18,7 @@ class Process:
     def __init__(self, main: Callable[[Connection, str], None], instance: str) -> None:
         self.instance = instance
         self._pipe, there = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=main, args=(there, instance))
+        self.process = CONTEXT.Process(target=main, args=(there, instance))
         self.process.start()
         there.close()
         self._seen: list[tuple[str, Any]] = []
