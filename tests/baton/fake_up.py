@@ -22,6 +22,7 @@ from baton.config import flags_for
 from baton.lifetime import live_with_parent
 from protos.baton.v1 import inference_pb2_grpc
 from tests.baton.scripted import ScriptedInference
+from worker.ending import end_process
 
 
 def scripted_command(command: str, config: object) -> list[str]:
@@ -65,6 +66,6 @@ if __name__ == "__main__":
             run_router(sys.argv[3:])
         else:
             run_worker(sys.argv[2])
-        sys.exit(0)
+        end_process(0)
     baton.up.child_command = scripted_command
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

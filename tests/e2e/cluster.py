@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.forked import is_spawner
+
 START_LIMIT_S = 90.0
 IDLE_LIMIT_S = 10.0
 
@@ -78,7 +80,8 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
-        return [parent, *parent.children(recursive=True)]
+        family = [parent, *parent.children(recursive=True)]
+        return [process for process in family if not is_spawner(process)]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 
 from tests.checkpoints import write_checkpoint, write_config
 from tests.e2e.cluster import Cluster, running_cluster
+from tests.forked import forking
 from tests.left_out import leave_out
 
 SLOW_CONTEXT = 4096
@@ -15,6 +16,13 @@ SLOW_CONTEXT = 4096
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out(config, items, marker="soak", reason="takes up to an hour: make test-soak")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_processes() -> Iterator[None]:
+    """Clusters start in a second; tests/forked.py says how, and what is executed nevertheless."""
+    with forking():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from baton import AsyncClient, Client
 from baton.errors import RequestError
 from tests.e2e.cluster import Cluster, running_cluster
+from tests.forked import executed
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -26,6 +28,13 @@ SERVICES = {
     "prefill": {"baton.v1.Worker"},
     "decode": {"baton.v1.Worker", "baton.v1.Kv"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _executed_processes() -> Iterator[None]:
+    """Started and ended as an operator's are, imports and all."""
+    with executed():
+        yield
 
 
 @pytest.mark.parametrize("server", ["router", "prefill", "decode"])
