@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 EXAMPLES ?= 100000
+# A file stays together: its tests share their clusters. Files go in the order of tests/conftest.py.
+IN_PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 export PYTHONUNBUFFERED := 1
+# Empty: off. Tests start many interpreters, and each would compile Baton's own modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long test-gpu test-soak test-compose test-helm test-k8s chart docs lock lint format protos train-tiny clean
@@ -18,8 +23,8 @@ setup: ## Make .venv with Baton, its dependencies and the test tools
 demo: setup ## Run the whole path on this machine: router, prefill, decode, one prompt
 	@$(BIN)/baton demo
 
-test: setup ## Run style, types, layers and all tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup ## Run style, types, layers and all tests (TEST_PROCESSES=2 at a time)
+	@$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-long: setup ## Run the scheduler's state machine on 100,000 random examples (EXAMPLES=...)
 	@HYPOTHESIS_PROFILE=thorough MACHINE_EXAMPLES=$(EXAMPLES) \

@@ -59,7 +59,16 @@ def pytest_runtest_makereport(
     return report
 
 
+LONGEST = ("tests/project/test_style.py", "tests/e2e/")
+"""Files that take longest come first: none is left over when all else is done."""
+
+
+def _is_shorter(item: pytest.Item) -> bool:
+    return not item.nodeid.startswith(LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_is_shorter)
     for item in items:
         if item.get_closest_marker("gpu") is not None and _no_cuda():
             item.add_marker(pytest.mark.skip(reason=_no_cuda()))
