@@ -41,10 +41,23 @@ class Probe:
             channel.close()
 
 
+_channels: dict[str, grpc.Channel] = {}
+
+
 def get_status(address: str) -> worker_pb2.WorkerStatus:
-    """One worker's status, asked now."""
-    with grpc.insecure_channel(address) as channel:
-        return _ask(channel)
+    """One worker's status, asked now. Its channel stays open: on a busy machine a phase that a test
+    waits for may be over before new ones to all workers are.
+    """
+    known = _channels.get(address)
+    if known is not None:
+        try:
+            return _ask(known)
+        except grpc.RpcError:
+            # Of a worker that is gone; another one may be at its address.
+            del _channels[address]
+            known.close()
+    channel = _channels[address] = grpc.insecure_channel(address)
+    return _ask(channel)
 
 
 def _ask(channel: grpc.Channel) -> worker_pb2.WorkerStatus:
