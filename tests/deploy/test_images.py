@@ -16,7 +16,11 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = ROOT / "deploy" / "requirements"
-IMAGES = {"router": ["redis", "kubernetes", "otel"], "worker-cpu": ["worker"], "worker-cuda": ["cuda"]}
+IMAGES = {
+    "router": ["redis", "kubernetes", "otel"],
+    "worker-cpu": ["worker"],
+    "worker-cuda": ["cuda"],
+}
 """Extras of pyproject.toml in each image."""
 
 ELSEWHERE = {"matplotlib", "nixl", "google"}
