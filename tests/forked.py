@@ -213,6 +213,7 @@ def _serve(end: socket.socket) -> tuple[_Start, list[int]]:
     """Forks what is asked for; returns in each process that is to become something, and ends with
     the one who asks."""
     _prctl(_PR_SET_NAME, NAME.encode())
+    _show_command_line([NAME])
     while True:
         message, files, _, _ = socket.recv_fds(end, _MESSAGE_LIMIT_BYTES, _MOST_FILES)
         if not message:
