@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import ssl
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from baton import Client
+from baton.connection import ConnectionConfig
 from tests.helm.helms import CHART, HelmError, Values
 from tests.kubernetes.api import ApiError, Object, wait_for
 from tests.kubernetes.conftest import Cluster
@@ -18,6 +20,8 @@ from tests.kubernetes.pod import PodRun
 START_LIMIT_S = 240.0
 """From `helm install` to a router that serves, on two busy cores."""
 PROMPT = "def add(a, b):\n"
+CERTIFIED = "baton-part"
+"""The name in certificates of routers and workers, as the chart's default is."""
 REVISION = "baton.dev/revision"
 ROLES = ("router", "prefill", "decode")
 SMALL: Values = {
@@ -29,12 +33,34 @@ SMALL: Values = {
 
 
 @dataclass(frozen=True)
+class Access:
+    """How to be let in at the routers' doors; anybody is, unless told otherwise."""
+
+    connection: ConnectionConfig = field(default_factory=ConnectionConfig)
+    verify: ssl.SSLContext | None = None
+    """Whom to trust over HTTPS; None: it is plain HTTP."""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def get(self, address: str, path: str) -> httpx.Response:
+        scheme, verify = ("https", self.verify) if self.verify is not None else ("http", True)
+        return httpx.get(
+            f"{scheme}://{address}:8000{path}",
+            headers=self.headers,
+            verify=verify,
+            extensions={"sni_hostname": CERTIFIED},
+            timeout=10.0,
+            trust_env=False,
+        )
+
+
+@dataclass(frozen=True)
 class Release:
     """One release, in a namespace of its own."""
 
     cluster: Cluster
     name: str
     namespace: str
+    access: Access = field(default_factory=Access)
 
     # ---- Helm -----------------------------------------------------------------------------------
 
@@ -90,7 +116,7 @@ class Release:
 
     def workers(self, router: PodRun | None = None) -> list[dict[str, Any]]:
         address = (router or self.router).address
-        answer = httpx.get(f"http://{address}:8000/workers", timeout=10.0, trust_env=False)
+        answer = self.access.get(address, "/workers")
         answer.raise_for_status()
         listed: list[dict[str, Any]] = answer.json()
         return listed
@@ -101,12 +127,12 @@ class Release:
 
     def health(self, router: PodRun | None = None) -> dict[str, Any]:
         address = (router or self.router).address
-        answer = httpx.get(f"http://{address}:8000/health", timeout=10.0, trust_env=False)
+        answer = self.access.get(address, "/health")
         said: dict[str, Any] = {**answer.json(), "code": answer.status_code}
         return said
 
     def client(self) -> Client:
-        return Client(f"{self.router.address}:50051")
+        return Client(f"{self.router.address}:50051", config=self.access.connection)
 
     def answer(self, tokens: int = 24) -> str:
         with self.client() as client:
@@ -170,13 +196,16 @@ GROUPS = (
 
 
 @contextlib.contextmanager
-def installed(cluster: Cluster, name: str, values: Values, *, workers: int) -> Iterator[Release]:
+def installed(
+    cluster: Cluster, name: str, values: Values, *, workers: int, access: Access | None = None
+) -> Iterator[Release]:
     """A release that serves, in the namespace of its name; uninstalled at the end.
 
     Args:
         workers: how many its values ask for.
+        access: where its doors are not open to anybody.
     """
-    release = Release(cluster, name, name)
+    release = Release(cluster, name, name, access or Access())
     release.install(merged(SMALL, values))
     try:
         release.wait_until_serving(workers=workers)
