@@ -120,13 +120,9 @@ def test_workers_serve_their_metrics_in_tls_where_the_router_says(secured: Secur
     for group in listed:
         assert group["labels"]["__scheme__"] == "https"
         (target,) = group["targets"]
-        text = httpx.get(
-            f"https://{target}/metrics",
-            verify=secured.trusted,
-            extensions={"sni_hostname": "baton-part"},
-            timeout=10.0,
-            trust_env=False,
-        ).text
+        with httpx.Client(verify=secured.trusted, timeout=10.0, trust_env=False) as client:
+            name = {"sni_hostname": "baton-part"}
+            text = client.get(f"https://{target}/metrics", extensions=name).text
         assert "baton_worker_info" in text
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://{target}/metrics", timeout=10.0, trust_env=False)

@@ -43,14 +43,12 @@ class Access:
 
     def get(self, address: str, path: str) -> httpx.Response:
         scheme, verify = ("https", self.verify) if self.verify is not None else ("http", True)
-        return httpx.get(
-            f"{scheme}://{address}:8000{path}",
-            headers=self.headers,
-            verify=verify,
-            extensions={"sni_hostname": CERTIFIED},
-            timeout=10.0,
-            trust_env=False,
-        )
+        with httpx.Client(verify=verify, timeout=10.0, trust_env=False) as client:
+            return client.get(
+                f"{scheme}://{address}:8000{path}",
+                headers=self.headers,
+                extensions={"sni_hostname": CERTIFIED},
+            )
 
 
 @dataclass(frozen=True)
