@@ -126,6 +126,7 @@ class AsyncClient:
 
         Raises:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
+            TypeError: an option that there is none of.
         """
         request = build_request(prompt, options)
         lost = self._is_lost()

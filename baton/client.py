@@ -114,6 +114,7 @@ class Client:
 
         Raises:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
+            TypeError: an option that there is none of.
         """
         request = build_request(prompt, options)
         call = self._stub.Generate(request, timeout=self._timeout(timeout), metadata=self._metadata)

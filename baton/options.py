@@ -98,7 +98,11 @@ def build_request(
     Raises:
         InvalidRequest: a value that the wire cannot carry (a negative token id, say). Everything
             else is the router's to judge.
+        TypeError: an option that there is none of; a misspelt one would otherwise change nothing.
     """
+    unknown = sorted(options.keys() - RequestOptions.__optional_keys__)
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(map(repr, unknown))} (see RequestOptions)")
     request_id = options.get("request_id", "")
     try:
         sampling = inference_pb2.SamplingParams(

@@ -76,7 +76,7 @@ def _stop(value: Any) -> Any:
     try:
         return check_stop(texts, most=MAX_STOP)
     except BatonError as error:
-        refuse(error.message)
+        refuse(error.message.removeprefix("stop "))  # which the field's name becomes again
 
 
 def _logit_bias(value: Any) -> Any:

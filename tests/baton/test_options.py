@@ -83,3 +83,9 @@ def test_options_left_out_are_absent() -> None:
 def test_what_the_wire_cannot_carry_is_refused(bad: Any) -> None:
     with pytest.raises(InvalidRequest):
         build_request([1], bad)
+
+
+def test_an_option_that_does_not_exist_is_refused_by_its_name() -> None:
+    misspelt: Any = {"max_token": 5}
+    with pytest.raises(TypeError, match="'max_token'"):
+        build_request([1], misspelt)

@@ -110,6 +110,7 @@ async def test_bad_bodies_are_refused_by_name_and_the_next_request_works(cluster
         assert error["param"] == param, body[:80]
         assert error["type"] == "invalid_request_error"
         assert param is None or param in error["message"], error
+        assert f"{param} {param}" not in error["message"], error
         assert error["code"]
     good = await cluster.complete(max_tokens=3, seed=0, return_token_ids=True)
     assert good.json()["choices"][0]["token_ids"] == expected([1, 2, 3], 3)
