@@ -2,7 +2,9 @@
 
 The same weights (fp32), the same prompts as token ids, greedy, the same number of new tokens, the
 same cores and threads. One round measures each engine in turn, so that whatever else the machine
-does is felt by all; ratios are taken within a round, and the median round is shown.
+does is felt by all; ratios are taken within a round, and the median round is shown, with the least
+and the greatest. Beside it stand the milliseconds of CPU time that a token took, of all processes
+of the engine (not of the client that asks Baton): they vary less where others use the machine, too.
 
     python bench/cpu_compare.py                    # models/baton-tiny, all cores
     python bench/cpu_compare.py --threads 1 --rounds 5 --json result.json
@@ -25,11 +27,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig  # noqa: E402
 
@@ -120,48 +123,65 @@ class Baton:
 
         return asyncio.run(run())
 
+    def cpu_s(self) -> float:
+        """CPU time of all its processes so far."""
+        main = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+        return sum(time.user + time.system for time in times)
+
     def stop(self) -> None:
         os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(timeout=60)
 
 
-Engine = Callable[[list[list[int]]], list[list[int]]]
+class Engine(NamedTuple):
+    generate: Callable[[list[list[int]]], list[list[int]]]
+    cpu_s: Callable[[], float]
 
 
-def measure(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
-    began = time.perf_counter()
-    outputs = engine(prompts)
-    seconds = time.perf_counter() - began
+class Measured(NamedTuple):
+    tokens_per_s: float
+    cpu_ms: float
+    """A token."""
+    outputs: list[list[int]]
+
+
+def measure(engine: Engine, prompts: list[list[int]], new: int) -> Measured:
+    began, cpu_began = time.perf_counter(), engine.cpu_s()
+    outputs = engine.generate(prompts)
+    seconds, cpu_s = time.perf_counter() - began, engine.cpu_s() - cpu_began
     if [len(output) for output in outputs] != [new] * len(prompts):
         raise SystemExit(f"not {new} tokens each: {[len(output) for output in outputs]}")
-    return len(prompts) * new / seconds, outputs
+    tokens = len(prompts) * new
+    return Measured(tokens / seconds, 1e3 * cpu_s / tokens, outputs)
 
 
 def compare(engines: dict[str, Engine], arguments: argparse.Namespace, vocab: int) -> Any:
     results: list[dict[str, Any]] = []
     for concurrency in CONCURRENCIES:
         prompts = prompts_of(concurrency, vocab)
-        rounds: list[dict[str, float]] = []
-        same: dict[str, float] = {}
+        rounds: list[dict[str, Measured]] = []
         for number in range(arguments.rounds + 1):
-            speeds: dict[str, float] = {}
-            answers: dict[str, list[list[int]]] = {}
+            taken: dict[str, Measured] = {}
             for name, engine in engines.items():
-                speeds[name], answers[name] = measure(engine, prompts, arguments.new_tokens)
-                print(f"{concurrency} at once, {name}: {speeds[name]:.0f} tokens/s",
+                taken[name] = measure(engine, prompts, arguments.new_tokens)
+                print(f"{concurrency} at once, {name}: {taken[name].tokens_per_s:.0f} tokens/s",
                       file=sys.stderr, flush=True)  # fmt: skip
             if number:  # the first round warms everything up
-                rounds.append(speeds)
-            same = {name: agreement(answers["baton"], answer) for name, answer in answers.items()}
+                rounds.append(taken)
+        last = rounds[-1]
         for name in engines:
-            ratio = statistics.median(r["baton"] / r[name] for r in rounds)
+            ratios = [r["baton"].tokens_per_s / r[name].tokens_per_s for r in rounds]
             results.append({
                 "concurrency": concurrency,
                 "engine": name,
-                "tokens_per_s": statistics.median(r[name] for r in rounds),
-                "baton_is_faster_by": ratio,
-                "same_tokens": same[name],
-                "rounds": [r[name] for r in rounds],
+                "tokens_per_s": statistics.median(r[name].tokens_per_s for r in rounds),
+                "cpu_ms": statistics.median(r[name].cpu_ms for r in rounds),
+                "baton_is_faster_by": statistics.median(ratios),
+                "least": min(ratios),
+                "greatest": max(ratios),
+                "same_tokens": agreement(last["baton"].outputs, last[name].outputs),
+                "rounds": [r[name].tokens_per_s for r in rounds],
             })  # fmt: skip
     return results
 
@@ -173,11 +193,13 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> None:
-    print("| at once | engine | tokens/s | Baton is faster by | same tokens |")
-    print("|---|---|---|---|---|")
+    print("| at once | engine | tokens/s | CPU ms a token | Baton is faster by | same tokens |")
+    print("|---|---|---|---|---|---|")
     for row in results:
+        spread = f"{row['least']:.2f} to {row['greatest']:.2f}"
         print(f"| {row['concurrency']} | {row['engine']} | {row['tokens_per_s']:.0f} "
-              f"| {row['baton_is_faster_by']:.2f}× | {row['same_tokens']:.1%} |")  # fmt: skip
+              f"| {row['cpu_ms']:.2f} | {row['baton_is_faster_by']:.2f}× ({spread}) "
+              f"| {row['same_tokens']:.1%} |")  # fmt: skip
 
 
 def main() -> int:
@@ -199,9 +221,9 @@ def main() -> int:
         baton = Baton(arguments.model, arguments.new_tokens, flags, Path(directory) / "up.log")
         try:
             engines: dict[str, Engine] = {
-                "baton": baton.generate,
-                "transformers generate": transformers.generate,
-                "transformers continuous": transformers.continuous,
+                "baton": Engine(baton.generate, baton.cpu_s),
+                "transformers generate": Engine(transformers.generate, time.process_time),
+                "transformers continuous": Engine(transformers.continuous, time.process_time),
             }
             results = compare(engines, arguments, transformers.vocab)
         finally:

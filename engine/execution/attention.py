@@ -5,6 +5,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from engine.errors import ConfigError
+from engine.execution.compiled_attention import CompiledAttention, can_attend
 from engine.execution.flashinfer_attention import FlashInferAttention
 from engine.execution.forward_batch import ForwardBatch
 from engine.execution.invariant_attention import MOST_QUERIES_A_KV_HEAD, InvariantAttention
@@ -12,6 +13,7 @@ from engine.execution.page_table import PageTable, TableBuffers
 from engine.execution.torch_attention import TorchAttention
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.cpu_library import cpu_library
 from engine.models.fused_ops import FUSED_DTYPES, flashinfer_installed
 from engine.models.rotary_store import triton_installed
 
@@ -63,9 +65,9 @@ def create_attention(
     *,
     deterministic: bool = False,
 ) -> AttentionBackend:
-    """FlashInfer where it is installed and can compute this model, plain torch otherwise. In
-    deterministic mode the kernel made for it on CUDA, and plain torch on a CPU, which then sees one
-    token at a time.
+    """FlashInfer where it is installed and can compute this model; plain torch otherwise, with a
+    compiled loop for decode on a CPU where that can be had. In deterministic mode the kernel made
+    for it on CUDA, and on a CPU the same as without, which then sees one token at a time.
 
     Raises ConfigError where FlashInfer is asked for by name and cannot be had, and where
     deterministic mode has no kernels.
@@ -73,14 +75,23 @@ def create_attention(
     obstacle = flashinfer_obstacle(config, kv_pool)
     if deterministic:
         if kv_pool.device.type != "cuda":
-            return TorchAttention(config, kv_pool)
+            return _on_torch(config, kv_pool, name)
         _check_deterministic(config, obstacle)
         return InvariantAttention(config, kv_pool)
     if name == "flashinfer" and obstacle:
         raise ConfigError(f"attention backend flashinfer cannot be used: {obstacle}")
     if name == "torch" or obstacle:
-        return TorchAttention(config, kv_pool)
+        return _on_torch(config, kv_pool, name)
     return FlashInferAttention(config, kv_pool)
+
+
+def _on_torch(
+    config: ModelConfig, kv_pool: PageMajorKVPool, name: AttentionName
+) -> AttentionBackend:
+    library = cpu_library() if name == "auto" and can_attend(config, kv_pool) else None
+    if library is None:
+        return TorchAttention(config, kv_pool)
+    return CompiledAttention(config, kv_pool, library)
 
 
 def flashinfer_obstacle(config: ModelConfig, kv_pool: PageMajorKVPool) -> str:

@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.execution.progress import progress_bar
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.cpu_library import keep_builds_in
 from engine.models.fused_ops import flashinfer_library
 
 _POLL_S = 0.5
@@ -28,8 +29,10 @@ a minute, and others use the cores meanwhile."""
 
 
 def use_kernel_cache(directory: str) -> None:
-    """FlashInfer and Triton keep what they build in `directory` from now on; empty: where they do
-    anyway. To be called before either is imported; what the environment says goes first."""
+    """FlashInfer, Triton and the CPU's library keep what they build in `directory` from now on;
+    empty: where they do anyway. To be called before any is imported; what the environment says goes
+    first."""
+    keep_builds_in(directory)
     if directory:
         root = Path(directory).expanduser()
         os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(root))

@@ -23,16 +23,18 @@ _SHORT_PAGES = 2
 """Rows of at most this many pages are always computed together: padding costs less than a call."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SingleRows:
-    """Requests with one input token, padded to the longest of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleRows:
+    """Requests with one input token that are computed together."""
 
     tokens: torch.Tensor | None
     """[n] int64 into the step's tokens; None: all of them, in order."""
     blocks: torch.Tensor
-    """[2, n, pages]: KVPool.block_indices."""
-    mask: torch.Tensor
-    """[n, 1, 1, pages * page_size] in q's dtype: 0 to see, -inf to hide."""
+    """[2, n, pages]: KVPool.block_indices, padded to the longest."""
+    lengths: torch.Tensor
+    """[n] int64; tokens that each sees."""
+    mask: torch.Tensor | None
+    """[n, 1, 1, pages * page_size] in q's dtype: 0 to see, -inf to hide. None: `lengths` do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class TorchAttention:
     def __init__(self, config: ModelConfig, kv_pool: PageMajorKVPool) -> None:
         self._pool = kv_pool
         self._groups = config.num_heads // config.num_kv_heads
-        self._singles: list[_SingleRows] = []
+        self._singles: list[SingleRows] = []
         self._extends: list[_Extend] = []
         self._causal = torch.empty(0)
         self._causal_prefix = 0
@@ -105,7 +107,7 @@ class TorchAttention:
 
     def _plan_singles(
         self, batch: ForwardBatch, rows: list[int], starts: list[int], alone: bool
-    ) -> _SingleRows:
+    ) -> SingleRows:
         device = self._pool.device
         blocks = self._blocks(batch, rows)
         width = blocks.shape[2] * self._pool.page_size
@@ -114,7 +116,7 @@ class TorchAttention:
         mask = torch.zeros((len(rows), 1, 1, width), dtype=self._pool.compute_dtype, device=device)
         mask.masked_fill_((columns >= lengths[:, None])[:, None, None], float("-inf"))
         tokens = None if alone else to_device([starts[row] for row in rows], device)
-        return _SingleRows(tokens, blocks, mask)
+        return SingleRows(tokens=tokens, blocks=blocks, lengths=lengths, mask=mask)
 
     def _blocks(self, batch: ForwardBatch, rows: list[int]) -> torch.Tensor:
         """Block indices [2, n, pages] of `rows`; where a row has fewer pages than the longest, its
@@ -147,7 +149,7 @@ class TorchAttention:
             (block, width), float("-inf"), dtype=self._pool.compute_dtype, device=self._pool.device
         ).triu_(self._causal_prefix + 1)
 
-    def _run_singles(self, layer: int, q: torch.Tensor, rows: _SingleRows) -> torch.Tensor:
+    def _run_singles(self, layer: int, q: torch.Tensor, rows: SingleRows) -> torch.Tensor:
         """[n, kv_heads, groups, head_dim] for q of that shape."""
         k, v = self._pool.read_blocks(layer, rows.blocks)
         return scaled_dot_product_attention(

@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.cpu_library import cpu_library
+from engine.models.cpu_ops import CpuOps
 from engine.models.fused_ops import FUSED_DTYPES, FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps, check_products
 from engine.models.loading import fill_random, load_safetensors, weight_files
@@ -205,10 +207,15 @@ def load_decoder(
     if group.rank > 0:
         weights.drop_summed_biases()
     table = cos_sin_table(config.rope, config.head_dim, config.context_length, device)
-    fused = device.type == "cuda" and dtype in FUSED_DTYPES and flashinfer_installed()
-    ops: Ops = TorchOps(table)
-    if fused:
-        ops = InvariantOps(table) if deterministic else FusedOps(table)
+    ops = _ops_for(table, dtype, deterministic)
     if isinstance(ops, InvariantOps):
         check_products(weights.layers[0].o)
     return Decoder(local, weights, ops, group=group)
+
+
+def _ops_for(table: torch.Tensor, dtype: torch.dtype, deterministic: bool) -> Ops:
+    """The fastest there are for the table's device."""
+    if table.is_cuda and dtype in FUSED_DTYPES and flashinfer_installed():
+        return InvariantOps(table) if deterministic else FusedOps(table)
+    library = cpu_library() if table.is_cpu and dtype is torch.float32 else None
+    return TorchOps(table) if library is None else CpuOps(table, library)

@@ -3,6 +3,12 @@
 Projections that read the same input are one matrix (queries, keys and values; gate and up): one
 product instead of three. A checkpoint's tensors go straight into slices of these, so loading never
 holds a second copy of the model.
+
+On a CPU a float32 layer's matrices lie input-major in memory, as transposed views: a product of few
+rows then adds up whole rows of the weight instead of one dot product an output. MKL 2024.2 on an
+AMD EPYC, all products of 8 small layers, one thread: 4.3 for 6.1 ms at 1 row, 6.2 for 7.5 at 2, 8.9
+for 10.1 at 8, 9.7 for 13.0 at 16, 21 for 24 at 64, and level for prompts. The vocabulary's matrix
+stays as it is: it is looked up by rows, too.
 """
 
 from collections.abc import Iterator
@@ -58,6 +64,11 @@ class ModelWeights:
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
+        def matrix(rows: int, columns: int) -> torch.Tensor:
+            if device.type == "cpu" and dtype is torch.float32:
+                return empty(columns, rows).t()
+            return empty(rows, columns)
+
         def bias(wanted: bool, size: int) -> torch.Tensor | None:
             return empty(size) if wanted else None
 
@@ -69,16 +80,16 @@ class ModelWeights:
         layers = tuple(
             LayerWeights(
                 input_norm=empty(hidden),
-                qkv=empty(qkv_dim, hidden),
+                qkv=matrix(qkv_dim, hidden),
                 qkv_bias=bias(config.qkv_bias, qkv_dim),
                 q_norm=bias(config.qk_norm, config.head_dim),
                 k_norm=bias(config.qk_norm, config.head_dim),
-                o=empty(hidden, heads_dim),
+                o=matrix(hidden, heads_dim),
                 o_bias=bias(config.o_bias, hidden),
                 post_attention_norm=empty(hidden),
-                gate_up=empty(2 * inner, hidden),
+                gate_up=matrix(2 * inner, hidden),
                 gate_up_bias=bias(config.mlp_bias, 2 * inner),
-                down=empty(hidden, inner),
+                down=matrix(hidden, inner),
                 down_bias=bias(config.mlp_bias, hidden),
             )
             for _ in range(config.num_layers)

@@ -26,10 +26,6 @@ from tests.engine.execution.harness import Harness
 MakeRunner = Callable[[str], ModelRunner]
 
 
-def test_a_cpu_takes_torch(runner: MakeRunner) -> None:
-    assert runner("llama-gqa").attention.name == "torch"
-
-
 def test_flashinfer_by_name_on_a_cpu_is_a_config_error(runner: MakeRunner) -> None:
     model = runner("llama-gqa")
     with pytest.raises(ConfigError, match="the device is cpu"):
@@ -60,7 +56,7 @@ def test_decode_rows_of_similar_length_share_a_call(runner: MakeRunner) -> None:
     rows = [harness.row(random_prompt(length, seed=1)) for length in (500, 9, 300, 20, 120, 70)]
     harness.extend(*((row, len(row.tokens) - 1) for row in rows))
     backend.plan(harness.decode(*rows))
-    widths = [group.mask.shape[-1] // PAGE_SIZE for group in backend._singles]
+    widths = [group.blocks.shape[-1] for group in backend._singles]
     members = [group.tokens.tolist() for group in backend._singles if group.tokens is not None]
     assert widths == [32, 8, 2]
     assert members == [[0, 2], [4, 5], [1, 3]]
