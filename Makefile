@@ -24,7 +24,7 @@ demo: setup ## Run the whole path on this machine: router, prefill, decode, one 
 	@$(BIN)/baton demo
 
 test: setup ## Run style, types, layers and all tests (TEST_PROCESSES=2 at a time)
-	@$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
+	@PYTHONHASHSEED=0 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-long: setup ## Run the scheduler's state machine on 100,000 random examples (EXAMPLES=...)
 	@HYPOTHESIS_PROFILE=thorough MACHINE_EXAMPLES=$(EXAMPLES) \

@@ -15,6 +15,9 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("UCX_MODULES", "^ib")
 # No test may depend on a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `make test` sets it, so that its processes list the same tests in one order; not for the code under
+# test, whose processes must agree without.
+os.environ.pop("PYTHONHASHSEED", None)
 # A setting in the developer's shell must not reach the code under test.
 for _name in [name for name in os.environ if name.startswith("BATON_")]:
     del os.environ[_name]
