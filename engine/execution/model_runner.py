@@ -50,8 +50,10 @@ from engine.models.decoder import BetweenLayers, Decoder, load_decoder
 from engine.parallel.group import ALONE, TensorGroup
 from engine.types import KvCacheDtype
 
-PROMPT_LOGITS_TOKENS = 1024
-"""Prompt tokens whose logits exist at a time: 0.5 GiB in float32 for a vocabulary of 131,072."""
+PROMPT_LOGITS_TOKENS = 256
+"""Prompt tokens whose logits exist at a time: 128 MiB in float32 for a vocabulary of 131,072, and
+ten times that while the most likely are sorted out. (1,024 made it the largest part of 6.2 GiB that
+the largest steps were measured to need.)"""
 
 
 class ModelRunner:
@@ -153,13 +155,15 @@ class ModelRunner:
         else:
             raise ValueError(f"layer {first_layer} does not follow what has run of this step")
         self._split = None
-        state = self._run_layers(range(first_layer, last_layer), state, batch)
+        judged = batch.prompt_targets is not None
+        last_tokens = None if judged else self._last_tokens(batch)
+        state = self._run_layers(range(first_layer, last_layer), state, batch, last_tokens)
         if last_layer < self.num_layers:
             self._split = (last_layer, state)
             return ForwardResult(next_token_ids=batch.input_ids[:0], logprobs=None)
-        if batch.prompt_targets is not None:
-            return self._result(batch, self._hidden_states(state, None))
-        hidden = self._hidden_states(state, self._last_tokens(batch))
+        hidden = self._hidden_states(state, last_tokens)
+        if judged:
+            return self._result(batch, hidden)
         return self._sampler.sample(self._logits(hidden), batch.sampling)
 
     def drop_split(self) -> None:
@@ -218,11 +222,15 @@ class ModelRunner:
     def _hidden(self, batch: ForwardBatch, tokens: torch.Tensor | None) -> torch.Tensor:
         """Hidden states of the input tokens `tokens` (None: of all), and the KV of all written."""
         layers = range(self.num_layers)
-        state = self._run_layers(layers, self.decoder.embed(batch.input_ids), batch)
+        state = self._run_layers(layers, self.decoder.embed(batch.input_ids), batch, tokens)
         return self._hidden_states(state, tokens)
 
     def _run_layers(
-        self, layers: range, state: BetweenLayers, batch: ForwardBatch
+        self,
+        layers: range,
+        state: BetweenLayers,
+        batch: ForwardBatch,
+        last_tokens: torch.Tensor | None,
     ) -> BetweenLayers:
         """Planned anew for each part of a step: the steps between them have plans of their own."""
         decoder, pool, attention = self.decoder, self.kv_pool, self.attention
@@ -230,12 +238,13 @@ class ModelRunner:
             return run_layers_by_token(decoder, layers, state, batch, pool, attention)
         attention.plan(batch)
         rows = pool.rows(batch.out_cache_loc)
-        return decoder.run_layers(layers, state, batch.positions, rows, pool, attention)
+        positions = batch.positions
+        return decoder.run_layers(layers, state, positions, rows, pool, attention, last_tokens)
 
     def _hidden_states(self, state: BetweenLayers, tokens: torch.Tensor | None) -> torch.Tensor:
         if self._by_token:
             return hidden_states_by_token(self.decoder, state, tokens)
-        return self.decoder.hidden_states(state, tokens)
+        return self.decoder.hidden_states(state)  # of `tokens` alone, as the layers left it
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._by_token:

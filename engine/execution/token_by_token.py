@@ -51,7 +51,7 @@ def hidden_states_by_token(
         raise ValueError("a decoder needs at least one layer")
     indices = range(hidden.shape[0]) if tokens is None else tokens.tolist()
     rows = [BetweenLayers(_row(hidden, index), _row(residual, index)) for index in indices]
-    return torch.cat([decoder.hidden_states(row, None) for row in rows])
+    return torch.cat([decoder.hidden_states(row) for row in rows])
 
 
 def logits_by_token(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:

@@ -92,8 +92,9 @@ class Decoder:
             kv_rows,
             kv_pool,
             attention,
+            last_tokens,
         )
-        return self.hidden_states(state, last_tokens)
+        return self.hidden_states(state)
 
     def embed(self, input_ids: torch.Tensor) -> BetweenLayers:
         """What the first layer reads, for `input_ids` [t] int64."""
@@ -113,9 +114,14 @@ class Decoder:
         kv_rows: torch.Tensor,
         kv_pool: PageMajorKVPool,
         attention: Attention,
+        last_tokens: torch.Tensor | None = None,
     ) -> BetweenLayers:
         """Some layers of `forward`, in order; other steps may run before the next ones do. `state`
-        is what the layer before them left, and is used up."""
+        is what the layer before them left, and is used up.
+
+        Behind the model's last attention, only the tokens `last_tokens` (None: all) go on: of the
+        others nothing but their KV is ever read.
+        """
         ops, eps = self._ops, self.config.rms_norm_eps
         rotation = ops.rotation(positions)
         hidden, residual = state
@@ -126,20 +132,21 @@ class Decoder:
             else:
                 normed, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
             hidden = self._attend(index, layer, normed, rotation, kv_rows, kv_pool, attention)
+            if last_tokens is not None and index == len(self.weights.layers) - 1:
+                hidden = hidden.index_select(0, last_tokens)
+                residual = residual.index_select(0, last_tokens)
+            hidden = self._group.sum(ops.linear(hidden, layer.o, layer.o_bias))
             normed, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
             gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
             hidden = ops.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
             hidden = self._group.sum(hidden)
         return BetweenLayers(hidden, residual)
 
-    def hidden_states(self, state: BetweenLayers, last_tokens: torch.Tensor | None) -> torch.Tensor:
+    def hidden_states(self, state: BetweenLayers) -> torch.Tensor:
         """As `forward`, for what the last layer left."""
         hidden, residual = state
         if hidden is None:
             raise ValueError("a decoder needs at least one layer")
-        if last_tokens is not None:
-            hidden = hidden.index_select(0, last_tokens)
-            residual = residual.index_select(0, last_tokens)
         eps = self.config.rms_norm_eps
         return self._ops.add_rms_norm(hidden, residual, self.weights.final_norm, eps)[0]
 
@@ -170,8 +177,7 @@ class Decoder:
             if normed_qk is not qk:
                 qkv = torch.cat((normed_qk, qkv[:, self._num_qk_heads :]), dim=1)
         q = ops.rotate_and_store(qkv, config.num_heads, rotation, kv_pool, index, kv_rows)
-        attended = attention.run(index, q)
-        return self._group.sum(ops.linear(attended, layer.o, layer.o_bias))
+        return attention.run(index, q)
 
 
 def load_decoder(
