@@ -38,13 +38,15 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Beyond the edge the last row is computed again; it is not stored.
+    # Rows beyond the edge are zeros and are not read: reading the last one in their place, all
+    # processors would ask for the same few lines of it 64 times over.
+    exists = (m < rows)[:, None]
     x_at = x + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * depth + k[None, :]
     weight_at = weight + tl.minimum(n, columns - 1).to(tl.int64)[None, :] * depth + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, depth, BLOCK_K):
         inside = k < depth - start
-        left = tl.load(x_at, mask=inside[None, :], other=0.0)
+        left = tl.load(x_at, mask=exists & inside[None, :], other=0.0)
         right = tl.load(weight_at, mask=inside[:, None], other=0.0)
         total = tl.dot(left, right, total)
         x_at += BLOCK_K
@@ -52,7 +54,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     out_at = out + m.to(tl.int64)[:, None] * columns + n[None, :]
-    kept = (m < rows)[:, None] & (n < columns)[None, :]
+    kept = exists & (n < columns)[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=kept)
 
 
