@@ -15,9 +15,6 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("UCX_MODULES", "^ib")
 # No test may depend on a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# `make test` sets it, so that its processes list the same tests in one order; not for the code under
-# test, whose processes must agree without.
-os.environ.pop("PYTHONHASHSEED", None)
 # A setting in the developer's shell must not reach the code under test.
 for _name in [name for name in os.environ if name.startswith("BATON_")]:
     del os.environ[_name]
@@ -60,6 +57,13 @@ def pytest_runtest_makereport(
             lost = f"{item.nodeid} has lost the device, later tests cannot run: {error}"
             item.session.shouldstop = lost
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `make test` sets it, so that its processes list the same tests in one order; not for the code
+    # under test, whose processes must agree without.
+    if not getattr(config.option, "numprocesses", None):
+        os.environ.pop("PYTHONHASHSEED", None)
 
 
 LONGEST = ("tests/project/test_style.py", "tests/e2e/")
