@@ -7,7 +7,9 @@ shortly before N is expected to end, and listens meanwhile.
 
 The expectation is made of steps seen here: decode steps change slowly from one to the next, and
 prompts take time by the token. A launch that came too late shows: the device was done before
-anybody asked. Then the margin grows.
+anybody asked. Then the margin grows. Of decode steps some are let be late, by a fraction of a
+millisecond: were none, whoever arrives in the middle of one would be heard at its end, since
+arrivals themselves are what disturbs the expectation.
 """
 
 from __future__ import annotations
@@ -18,7 +20,28 @@ from dataclasses import dataclass
 _NEWEST = 0.3
 """Weight of the newest reading in a running mean."""
 
-_LEAST_MARGIN_S, _LARGEST_MARGIN_S = 0.0005, 0.02
+_LEAST_MARGIN_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class _Margin:
+    """How the margin of one kind of steps moves with each that ends."""
+
+    late: float
+    in_time: float
+    largest_s: float
+
+    def after(self, margin_s: float, *, late: bool) -> float:
+        grown = margin_s * (self.late if late else self.in_time)
+        return min(max(grown, _LEAST_MARGIN_S), self.largest_s)
+
+
+_OF_EXTENDS = _Margin(late=1.5, in_time=0.99, largest_s=0.02)
+"""One in forty is late at most: prompts differ, and a late one costs a large step much."""
+
+_OF_DECODE = _Margin(late=1.1, in_time=0.98, largest_s=0.004)
+"""One in six is late."""
+
 _LATE_S = 0.0001
 """A wait for the device shorter than this: it had ended already, or nearly."""
 
@@ -27,8 +50,10 @@ _LATE_S = 0.0001
 class _Running:
     tokens: float
     decode: bool
-    started: float | None
-    """time.monotonic() seconds; None: unknown, as the step before it ended unseen."""
+    started: float
+    """time.monotonic() seconds."""
+    known: bool
+    """Whether it began just then; else no sooner, as the step before it ended unseen."""
 
 
 class LaunchClock:
@@ -40,7 +65,8 @@ class LaunchClock:
         self._extend_s_per_token = 0.0
         self._prepare_s = 0.0
         self._pass_began = 0.0
-        self._margin_s = _LEAST_MARGIN_S
+        self._margins_s = {True: _LEAST_MARGIN_S, False: _LEAST_MARGIN_S}
+        """Of decode steps, and of others."""
 
     def pass_begins(self, now: float) -> None:
         """The next launch is being prepared."""
@@ -51,7 +77,7 @@ class LaunchClock:
         if self._pass_began:
             self._prepare_s = _mean(self._prepare_s, now - self._pass_began)
             self._pass_began = 0.0
-        self._steps.append(_Running(tokens, decode, None if self._steps else now))
+        self._steps.append(_Running(tokens, decode, now, known=not self._steps))
 
     def ended(self, now: float, *, waited_s: float) -> None:
         """The oldest step's results are here, after a wait of `waited_s`."""
@@ -59,26 +85,28 @@ class LaunchClock:
             return
         step = self._steps.popleft()
         seen = waited_s > _LATE_S
-        if seen and step.started is not None:
+        if seen and step.known:
             took = now - step.started
             if step.decode:
                 self._decode_s = _mean(self._decode_s, took)
             else:
                 self._extend_s_per_token = _mean(self._extend_s_per_token, took / step.tokens)
         if self._steps:
-            # The next one was in the queue: it began when this one ended.
-            self._steps[0].started = now if seen else None
-            grown = self._margin_s * (0.99 if seen else 1.5)
-            self._margin_s = min(max(grown, _LEAST_MARGIN_S), _LARGEST_MARGIN_S)
+            if seen:
+                # The next one was in the queue: it began when this one ended.
+                self._steps[0].started, self._steps[0].known = now, True
+            rule = _OF_DECODE if step.decode else _OF_EXTENDS
+            margin_s = self._margins_s[step.decode]
+            self._margins_s[step.decode] = rule.after(margin_s, late=not seen)
 
     def hold_s(self, now: float) -> float:
         """Seconds for which nothing need be launched; 0 where that is not known."""
-        if len(self._steps) != 1 or self._steps[0].started is None:
+        if len(self._steps) != 1:
             return 0.0
         step = self._steps[0]
         expected = self._decode_s if step.decode else self._extend_s_per_token * step.tokens
-        ends = self._steps[0].started + expected
-        return max(0.0, ends - self._margin_s - self._prepare_s - now)
+        ends = step.started + expected
+        return max(0.0, ends - self._margins_s[step.decode] - self._prepare_s - now)
 
 
 def _mean(old: float, new: float) -> float:

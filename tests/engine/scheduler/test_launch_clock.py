@@ -1,5 +1,7 @@
 """When a launch is held back, and for how long."""
 
+import random
+
 from engine.scheduler.launch_clock import LaunchClock
 
 STEP_S = 0.008
@@ -75,3 +77,13 @@ def test_nothing_is_held_before_anything_is_known_or_while_nothing_runs() -> Non
     assert clock.hold_s(1.02) > 0.006
     clock.launched(1.021, tokens=4, decode=True)
     assert clock.hold_s(1.021) == 0.0, "two are in the queue: the older one's results come first"
+
+
+def test_steps_and_hosts_that_vary_still_leave_time_to_listen() -> None:
+    draw = random.Random(3)
+    pipeline = Pipeline()
+    for _ in range(3000):
+        pipeline.now += draw.expovariate(1 / 0.001)
+        pipeline.step(STEP_S + draw.gauss(0, 0.0012))
+    assert sum(held > 0.003 for held in pipeline.held) > 0.85 * 3000
+    assert pipeline.idle_s < 0.02 * 3000 * STEP_S
