@@ -23,6 +23,7 @@ from kvtransfer.events import (
     TransferCompleted,
     TransferFailedEvent,
     WriterFinished,
+    joined_landings,
 )
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.host import pid_namespace
@@ -324,12 +325,18 @@ class TransferAgent:
     def poll_events(self) -> list[KvEvent]:
         """What happened since the last call; never waits. Ownership changes hands here: what is
         held is held until its event was returned. Events of a withdrawn or rejected incoming
-        transfer are left out."""
+        transfer are left out, and pages of one that landed one after another are one event: they
+        are copied and checked at once."""
         events: list[KvEvent] = []
         while self._events:
             event = self._events.popleft()
-            if self._settle(event):
+            if not self._settle(event):
+                continue
+            joined = joined_landings(events[-1], event) if events else None
+            if joined is None:
                 events.append(event)
+            else:
+                events[-1] = joined
         return events
 
     def _settle(self, event: KvEvent) -> bool:

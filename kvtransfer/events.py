@@ -1,6 +1,6 @@
 """What the transfer tells the role; read by the scheduler thread through `poll_events`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,3 +107,12 @@ KvEvent = (
     | PeerDetached
     | TransferThreadFailed
 )
+
+
+def joined_landings(earlier: KvEvent, later: KvEvent) -> PagesLanded | None:
+    """Both as one event, where they are pages of one ticket in one window."""
+    match earlier, later:
+        case (PagesLanded(), PagesLanded()):
+            same = earlier.ticket_id == later.ticket_id and earlier.window is later.window
+            return replace(earlier, pages=earlier.pages + later.pages) if same else None
+    return None
