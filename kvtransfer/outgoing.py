@@ -13,7 +13,7 @@ from enum import Enum, auto
 from kvtransfer.pool_sealer import PendingSeals
 from kvtransfer.states import TransferFailure, TransferState
 from kvtransfer.ticket import SourcePage, Ticket
-from kvtransfer.transport import WriteId
+from kvtransfer.transport import Transport, WriteId
 from protos.baton.v1 import kv_pb2
 
 BEATS_PER_LEASE = 4
@@ -34,6 +34,33 @@ WriteKey = tuple[str, WriteId]
 def beat_s(lease_s: float) -> float:
     """Longest time between two messages about a live ticket, in either direction."""
     return min(LONGEST_BEAT_S, lease_s / BEATS_PER_LEASE)
+
+
+def refusal(
+    ticket: Ticket,
+    *,
+    instance_id: str,
+    withdrawn: bool,
+    in_use: bool,
+    transport: Transport | None,
+) -> tuple[TransferFailure, str] | None:
+    """Why a ticket cannot be opened by the worker `instance_id`, which `transport` joins to decode;
+    None where it can."""
+    number = ticket.ticket_id
+    if ticket.writer_instance != instance_id:
+        detail = f"ticket {number} is for writer {ticket.writer_instance}, this is {instance_id}"
+        return TransferFailure.REFUSED, detail
+    if withdrawn:
+        return TransferFailure.ABORTED, f"ticket {number} was withdrawn before"
+    if in_use:
+        return TransferFailure.REFUSED, f"ticket {number} is in use already"
+    if transport is None:
+        detail = f"decode instance {ticket.instance_id} is not connected"
+        return TransferFailure.TRANSPORT, detail
+    if ticket.transport and ticket.transport != transport.name:
+        joined = f"but {transport.name} joins the two workers"
+        return TransferFailure.REFUSED, f"ticket {number} is for {ticket.transport}, {joined}"
+    return None
 
 
 class CreditNews(Enum):

@@ -27,6 +27,7 @@ from kvtransfer.outgoing import (
     Write,
     WriteKey,
     beat_s,
+    refusal,
 )
 from kvtransfer.pool_sealer import PendingSeals, PoolSealer, Sealer
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
@@ -110,30 +111,15 @@ class Sender:
         self._tell_failed(out, quiesced=True, decode_too=mine)
 
     def _refusal(self, out: Outgoing) -> tuple[TransferFailure, str] | None:
-        ticket = out.ticket
         if self._pool is None:
             return TransferFailure.REFUSED, "this worker has no source pages to send"
-        if ticket.writer_instance != self._instance_id:
-            return TransferFailure.REFUSED, (
-                f"ticket {ticket.ticket_id} is for writer {ticket.writer_instance}, "
-                f"this is {self._instance_id}"
-            )
-        if out.key in self._tombstones:
-            return TransferFailure.ABORTED, f"ticket {ticket.ticket_id} was withdrawn before"
-        if out.key in self._by_key:
-            return TransferFailure.REFUSED, f"ticket {ticket.ticket_id} is in use already"
-        transport = self._links.get(ticket.instance_id)
-        if transport is None:
-            return (
-                TransferFailure.TRANSPORT,
-                f"decode instance {ticket.instance_id} is not connected",
-            )
-        if ticket.transport and ticket.transport != transport.name:
-            return TransferFailure.REFUSED, (
-                f"ticket {ticket.ticket_id} is for {ticket.transport}, "
-                f"but {transport.name} joins the two workers"
-            )
-        return None
+        return refusal(
+            out.ticket,
+            instance_id=self._instance_id,
+            withdrawn=out.key in self._tombstones,
+            in_use=out.key in self._by_key,
+            transport=self._links.get(out.ticket.instance_id),
+        )
 
     def push(self, request_id: str, pages: list[SourcePage]) -> None:
         """Pages whose KV is final. They belong to the transfer until it is released or quiesced."""
