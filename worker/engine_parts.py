@@ -210,6 +210,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         )
     place = rank_place(config, layout, transfer_memory.kv_heads, rank=0)
     kv = RankKv(pool.as_bytes(), place)
+    kv.compile_kernels(None if transports.window is None else transports.window.memory)
     return EngineParts(
         config=config,
         process=process,

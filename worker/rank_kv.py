@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvtransfer.digest import SEAL_BYTES
+from kvtransfer.digest import SEAL_BYTES, copy_and_digest
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.landing import LandingTarget, Seals, land_pages
 from kvtransfer.pool_sealer import KnownSeals, PendingSeals, PoolSealer
@@ -47,6 +47,16 @@ class RankKv:
 
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         return PoolSealer(self.pool, self.place.layout).seals(pages, valid_tokens)
+
+    def compile_kernels(self, window: torch.Tensor | None) -> None:
+        """Has the kernels made that seal and land pages, which takes a second on a new machine and
+        is no part of a request. Before any page is in use. `window`: as for `land`, or None."""
+        pool, layout = self.pool, self.place.layout
+        if pool.device.type != "cuda":
+            return
+        self.seals([0], [layout.page_size])
+        if window is not None and (window.device, window.shape[1]) == (pool.device, pool.shape[1]):
+            copy_and_digest(window, [0], pool, [0], [layout.page_size], layout)
 
     def start_seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
         return PoolSealer(self.pool, self.place.layout).start(pages, valid_tokens)
