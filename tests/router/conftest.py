@@ -119,7 +119,8 @@ class Cluster:
             lambda: any(
                 p.prefill.id == prefill.id and p.decode is not None and p.decode.id == decode.id
                 for p in self.router.fleet.pairs(total_tokens=1, prompt_tokens=1)
-            )
+            ),
+            timeout_s=30.0,  # no promise of the router: a loaded machine may take its time
         )
 
     async def generate(self, **kwargs: Any) -> "Result":
