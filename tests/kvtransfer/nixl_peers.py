@@ -98,9 +98,10 @@ def prefill_main(pipe: Connection, instance: str) -> None:
                 SourcePage(page=i, position=i, valid_tokens=valid[i], seal=seals[i])
                 for i in range(pages)
             ]
+            # Said before the push: the write may stop this whole process.
+            pipe.send(("checksum", checksum(pool, pages)))
             agent.push(ticket.request_id, sealed)
             agent.complete(ticket.request_id, 42)
-            pipe.send(("checksum", checksum(pool, pages)))
         elif name == "stop_before_next_write":
             transport.stop_next = True
         elif name == "die_after_more_bytes":
