@@ -280,16 +280,14 @@ class Sender:
         else:
             self._unchecked[key] = write
 
-    def on_write_failed(
-        self, transport: str, write_id: WriteId, failure: TransferFailure, reason: str
-    ) -> None:
+    def on_write_failed(self, transport: str, write_id: WriteId, reason: str) -> None:
         key = (transport, write_id)
         write = self._writes.pop(key, None)
         if write is None:
             return
         self._note_end(write)
         write.out.writes.discard(key)
-        self._fail_or_settle(write.out, failure, reason)
+        self._fail_or_settle(write.out, TransferFailure.TRANSPORT, reason)
 
     def _note_end(self, write: Write) -> None:
         out = write.out

@@ -21,7 +21,6 @@ from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.probe import Prober
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.states import TransferFailure
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
@@ -126,9 +125,8 @@ class TransferThread:
 
     def _pause(self, active_pause: float) -> float:
         alive = bool(self.sender.active or self.receiver.active)
-        if self.sender.checking:
-            return MIN_POLL_S
-        if any(t.busy() for t in self._transports.values() if t.polled or t.writes_polled):
+        polled = (t for t in self._transports.values() if t.polled or t.writes_polled)
+        if self.sender.checking or any(transport.busy() for transport in polled):
             return MIN_POLL_S
         if self.links.any_polled:
             if self.receiver.receiving:
@@ -164,8 +162,7 @@ class TransferThread:
             case WriteDone(write_id):
                 self.sender.on_write_done(transport.name, write_id)
             case WriteFailed(write_id, reason):
-                failure = TransferFailure.TRANSPORT
-                self.sender.on_write_failed(transport.name, write_id, failure, reason)
+                self.sender.on_write_failed(transport.name, write_id, reason)
             case PeerLost(peer, reason):
                 if self.links.get(peer) is transport:
                     self.detach(peer, reason, proven_dead=False)

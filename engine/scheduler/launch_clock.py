@@ -40,7 +40,7 @@ _OF_EXTENDS = _Margin(late=1.5, in_time=0.99, largest_s=0.02)
 """One in forty is late at most: prompts differ, and a late one costs a large step much."""
 
 _OF_DECODE = _Margin(late=1.1, in_time=0.98, largest_s=0.004)
-"""One in six is late."""
+"""One in six is late at most."""
 
 _LATE_S = 0.0001
 """A wait for the device shorter than this: it had ended already, or nearly."""
