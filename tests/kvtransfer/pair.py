@@ -4,6 +4,7 @@ Everything runs in one thread, by turns, on a clock that the test moves.
 """
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +19,7 @@ from kvtransfer.events import (
 )
 from kvtransfer.fake_transport import FakeNetwork, FakeTransport, Fault
 from kvtransfer.layout import PageLayout
+from kvtransfer.pool_sealer import Sealer
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.window import LandingWindow
@@ -48,6 +50,7 @@ class Pair:
         verify: bool = True,
         more_windows: bool = True,
         quarantine: type[Quarantine] = Quarantine,
+        make_sealer: Callable[[torch.Tensor], Sealer] | None = None,
     ) -> None:
         self.clock = Clock()
         generator = torch.Generator().manual_seed(seed)
@@ -72,6 +75,7 @@ class Pair:
             verify=verify,
             lease_s=lease_s,
             clock=self.clock,
+            sealer=None if make_sealer is None else make_sealer(self.source),
         )
         self.decode = TransferAgent(
             instance_id=DECODE,

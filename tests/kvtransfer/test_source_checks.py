@@ -44,13 +44,21 @@ class LateSealer(PoolSealer):
             seals.known = True
 
 
+def with_late_digests(*, verify: bool = True) -> tuple[Pair, LateSealer]:
+    made: list[LateSealer] = []
+
+    def make(pool: torch.Tensor) -> LateSealer:
+        made.append(LateSealer(pool))
+        return made[0]
+
+    pair = Pair(slots=8, verify=verify, make_sealer=make)
+    pair.run(2)
+    return pair, made[0]
+
+
 @pytest.fixture
 def late() -> tuple[Pair, LateSealer]:
-    pair = Pair(slots=8)
-    sealer = LateSealer(pair.source)
-    pair.prefill.thread.sender._sealer = sealer
-    pair.run(2)
-    return pair, sealer
+    return with_late_digests()
 
 
 def failures(events: Sequence[object]) -> list[TransferFailedEvent]:
@@ -124,10 +132,7 @@ def test_a_peer_that_died_settles_the_transfer_whatever_its_digests_say(
 
 
 def test_without_verification_nothing_is_digested() -> None:
-    pair = Pair(slots=8, verify=False)
-    sealer = LateSealer(pair.source)
-    pair.prefill.thread.sender._sealer = sealer
-    pair.run(2)
+    pair, sealer = with_late_digests(verify=False)
     pair.hand_over("r", 10, [3, 5, 6])
     pair.run()
     assert not sealer.asked
