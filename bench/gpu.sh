@@ -1,18 +1,9 @@
 #!/usr/bin/env bash
 # One call on a machine with GPUs: engine check, engine figures, KV transports, end to end on one and
-# on two GPUs. Wheels that the machine lacks may lie in .whl; results go to $OUT (default: bench/out).
+# on two GPUs. SITE, JIT and OUT as in gpu_setup.sh.
 set -u
 cd "$(dirname "$0")/.."
-export OUT=${OUT:-bench/out} PYTHONUNBUFFERED=1 FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_LOGGING_LEVEL=error
-mkdir -p "$OUT"
-if compgen -G '.whl/*.whl' >/dev/null; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
-  export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
-fi
-if [ -f .carry/gpu/jit.tgz ]; then # kernels built by an earlier call; their sources must look older
-  mkdir -p ~/.cache && tar xf .carry/gpu/jit.tgz -C ~/.cache
-  find /tmp/site -exec touch -h -d 2020-01-01 {} +
-fi
+source bench/gpu_setup.sh
 step() { # name, seconds, command...
   local name=$1 limit=$2 begin=$SECONDS; shift 2
   echo "== $name"

@@ -1,29 +1,13 @@
 #!/usr/bin/env bash
 # The engine's tests and figures in one call on a machine with a Hopper GPU, the most telling first,
 # each under its own time limit, so that one that fails or hangs does not stop the rest; a table last.
-#   SITE=.carry/site.txz   packages that the machine lacks (or wheels in .whl/)
-#   JIT=.carry/gpu/jit.tgz kernels built by an earlier call, which leaves them in $OUT
+# SITE, JIT and OUT as in gpu_setup.sh.
 #   STEPS="tests decode ..."  some of the steps only (tp_tests and tp_decode: gpu_session_tp.sh)
 # Results go to $OUT (default: bench/out). Building kernels takes 100 s of 16 cores the first time.
 set -u
 cd "$(dirname "$0")/.."
-export OUT=${OUT:-bench/out} PYTHONUNBUFFERED=1 FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_LOGGING_LEVEL=error
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-mkdir -p "$OUT"
-if [ ! -d /tmp/site ]; then
-  if compgen -G '.whl/*.whl' >/dev/null; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
-  elif [ -f "${SITE:-.carry/site.txz}" ]; then
-    mkdir -p /tmp/site && tar xJf "${SITE:-.carry/site.txz}" -C /tmp/site
-  fi
-fi
-[ -d /tmp/site ] && export PYTHONPATH=$PYTHONPATH:/tmp/site
-jit=${JIT:-.carry/gpu/jit.tgz}
-if [ -f "$jit" ]; then # where FlashInfer looks for modules that were built elsewhere
-  aot=$(python3 -c 'from importlib.util import find_spec as f; print(f("flashinfer").submodule_search_locations[0])')/data/aot
-  mkdir -p /tmp/jit && tar xf "$jit" -C /tmp/jit
-  for so in $(find /tmp/jit -name '*.so'); do name=$(basename "$so" .so); mkdir -p "$aot/$name" && cp "$so" "$aot/$name/"; done
-fi
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+source bench/gpu_setup.sh
 table=$OUT/table.txt
 : >"$table"
 step() { # name, seconds, lines of the table, command...
