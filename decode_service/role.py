@@ -213,7 +213,9 @@ class DecodeRole(EngineRole):
             return False
         except TransferError as error:
             self.scheduler.unlock_prefix(req)
-            self.report_failure(head.rid, error.code.value, error.message, retryable=True)
+            self.report_failure(
+                head.rid, error.code.value, error.message, retryable=True, between_workers=True
+            )
             self.done(head.rid)
         return True
 
@@ -289,8 +291,8 @@ class DecodeRole(EngineRole):
                 if failure is not TransferFailure.NOT_NEEDED:
                     # Else the first token ended the request: prefill tells the router itself.
                     code = FAILURE_CODES.get(failure, "UNAVAILABLE")
-                    why = told(failure, detail)
-                    self.report_failure(rid, code, f"its KV did not arrive: {why}", retryable=True)
+                    why = f"its KV did not arrive: {told(failure, detail)}"
+                    self.report_failure(rid, code, why, retryable=True, between_workers=True)
                 self._forget_landing(rid)
 
     def _on_landed(self, event: PagesLanded) -> None:
@@ -334,8 +336,8 @@ class DecodeRole(EngineRole):
 
     def _reject(self, rid: RequestId, problem: str) -> None:
         self.agent.reject(rid, problem)
-        why = told(TransferFailure.MISMATCH, problem)
-        self.report_failure(rid, "DATA_LOSS", f"its KV was refused: {why}", retryable=True)
+        why = f"its KV was refused: {told(TransferFailure.MISMATCH, problem)}"
+        self.report_failure(rid, "DATA_LOSS", why, retryable=True, between_workers=True)
         self._forget_landing(rid)
 
     def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:

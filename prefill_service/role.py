@@ -289,7 +289,7 @@ class PrefillRole(EngineRole):
             code = FAILURE_CODES.get(event.failure, "UNAVAILABLE")
             why = told(event.failure, event.detail)
             detail = f"handing its KV to {handover.decode_instance} failed: {why}"
-            self.report_failure(rid, code, detail, retryable=True)
+            self.report_failure(rid, code, detail, retryable=True, between_workers=True)
             self.scheduler.abort_request(rid)
         if event.quiesced:
             self._settle(rid)

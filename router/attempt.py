@@ -145,6 +145,11 @@ class Attempt:
         # Of a prefill worker that has taken its leave, decode has all the KV.
         return not (self.decode_spoke or link.left)
 
+    def peer_of(self, link: WorkerLink) -> WorkerLink | None:
+        """The pair's other worker; None where there is none."""
+        peer = self.pair.decode if link is self.pair.prefill else self.pair.prefill
+        return None if peer is link else peer
+
     def gone(self, link: WorkerLink) -> None:
         """That worker ended the work itself, or is lost: it need not be told."""
         link.detach(self._key)

@@ -83,6 +83,9 @@ class Journey:
         """Why the attempt is over, where another may follow."""
         self._blamed: frozenset[str] = frozenset()
         """Workers at which this request failed: others are preferred."""
+        self._suspected: frozenset[str] = frozenset()
+        """Their peers where KV did not get from one to the other: a survivor's word often comes
+        before the dead one's session ends. Left out where there is a choice."""
         self._event = asyncio.Event()
         self._closed = False
         self._delivered = False
@@ -208,7 +211,10 @@ class Journey:
         if not others and setback is not None and setback.code is ErrorCode.RESOURCE_EXHAUSTED:
             # Full is full: at the same worker the client would only wait once more.
             raise setback
-        pair = self._policy.choose(others or pairs, prompt_tokens=len(request.prompt_ids))
+        trusted = [pair for pair in others if not pair.involves(self._suspected)]
+        pair = self._policy.choose(
+            trusted or others or pairs, prompt_tokens=len(request.prompt_ids)
+        )
         attempt = Attempt(
             len(self.attempts), work_id=self._work_id, pair=pair, request=request, sink=self
         )
@@ -291,6 +297,9 @@ class Journey:
         if not attempt.needs(link):
             return
         if failed.retryable:
+            peer = attempt.peer_of(link) if failed.between_workers else None
+            if peer is not None:
+                self._suspected = self._suspected | {peer.id}
             self._set_back(link, error)
         else:
             self.fail(error)

@@ -235,8 +235,11 @@ class EngineRole(SchedulerRole):
         *,
         retryable: bool,
         retry_after_s: float = 0.0,
+        between_workers: bool = False,
     ) -> None:
-        """Tells the router that no further token of this attempt comes from here."""
+        """Tells the router that no further token of this attempt comes from here.
+
+        `between_workers`: KV did not get from one to the other, which may be the peer's fault."""
         if rid not in self.arrivals:
             return
         request_id, attempt = split_rid(rid)
@@ -244,7 +247,11 @@ class EngineRole(SchedulerRole):
             code=f"ERROR_CODE_{code}", message=message, retry_after_s=retry_after_s
         )
         failed = worker_pb2.WorkFailed(
-            request_id=request_id, attempt=attempt, error=error, retryable=retryable
+            request_id=request_id,
+            attempt=attempt,
+            error=error,
+            retryable=retryable,
+            between_workers=between_workers,
         )
         self.parts.channel.send(channel_pb2.EngineToFront(work_failed=failed))
 

@@ -67,6 +67,8 @@ class Script:
     """It stops answering anything instead of sending the token of this index."""
     fail_before: int | None = None
     """It answers WorkFailed(retryable) once, instead of the token of this index."""
+    lose_peer_before: int | None = None
+    """As `fail_before`, and the failure lies between the two workers."""
     reserve_error: worker_pb2.Error | None = None
     retryable: bool = False
     token_delay_s: float = 0.0
@@ -368,8 +370,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if index == self.script.hang_before:
             self.hung = True
             return False
-        if index == self.script.fail_before:
-            self.script.fail_before = None
+        script = self.script
+        if index in (script.fail_before, script.lose_peer_before):
+            between = index == script.lose_peer_before
+            script.fail_before = script.lose_peer_before = None
             error = worker_pb2.Error(code=worker_pb2.ERROR_CODE_DATA_LOSS, message="a page differs")
             self.say(
                 failed=worker_pb2.WorkFailed(
@@ -377,6 +381,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                     attempt=request.attempt,
                     error=error,
                     retryable=True,
+                    between_workers=between,
                 )
             )
             return False

@@ -85,6 +85,29 @@ async def test_a_retryable_failure_is_replayed_on_the_same_pair_where_it_is_the_
         assert result.last.report.replays == 1
 
 
+@pytest.mark.parametrize("between", [True, False])
+async def test_after_a_failure_between_two_workers_both_are_left_out_where_there_is_a_choice(
+    cluster: Cluster, between: bool
+) -> None:
+    prefill, decode = await cluster.pair()
+    await add_spare(cluster, PREFILL)
+    await add_spare(cluster, DECODE)
+    spare, other = cluster.workers[-2:]
+    await cluster.usable(spare, other)
+    # The first of the two where there is a choice.
+    await prefer(cluster, decode.id)
+    await prefer(cluster, prefill.id)
+    if between:
+        decode.script.lose_peer_before = 1
+    else:
+        decode.script.fail_before = 1
+    result = await cluster.generate(max_tokens=LENGTH)
+    assert result.ids == expected([1, 2, 3], LENGTH)
+    assert result.last.report.replays == 1
+    again = spare if between else prefill
+    assert result.last.report.prefill_worker == again.id
+
+
 async def test_the_only_decode_worker_dies_and_the_client_is_told(cluster: Cluster) -> None:
     _, decode = await cluster.pair(decode=Script(die_before=3))
     started = time.monotonic()
