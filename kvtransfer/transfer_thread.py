@@ -49,6 +49,9 @@ ASLEEP_S = 1.0
 """Pause while nothing is alive and every transport wakes the thread itself. Quarantined slots
 are asked for at this pace, too."""
 
+STOP_LIMIT_S = 3.0
+"""Longest that the end of the process waits for a call into a transport to return."""
+
 TICK_S = 50e-3
 """How often leases are looked at."""
 
@@ -89,11 +92,19 @@ class TransferThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the thread's end, then closes the transports."""
+        """Waits for the thread's end, then closes the transports: for the end of the process, which
+        follows at once. A library may be waiting for a peer that never answers (UCX over TCP takes
+        leave of each connection, and an address that is gone refuses nothing): then the transports
+        stay as they are, and the system takes them with the process."""
         self._stopping = True
         self._signal.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STOP_LIMIT_S)
+            if self._thread.is_alive():
+                logger.warning(
+                    "the KV transfer thread is held up in a transport: ending without it"
+                )
+                return
         for transport in self._transports.values():
             transport.close()
 

@@ -171,10 +171,12 @@ class Kubelet:
             self.api.call("DELETE", path(item), {"gracePeriodSeconds": 0})
 
     def _drop(self, uid: str) -> None:
-        run = self.pods.pop(uid)
+        run = self.pods[uid]
         run.kill()
         run.sandbox.end()
+        # In this order: who sees that it has gone finds here how.
         self.ended.append(Ended(run.name, run.exits, run.killed))
+        del self.pods[uid]
 
     def _write_hosts(self) -> None:
         """Services by name, as the cluster's DNS tells them; all ports are those of the pods."""
