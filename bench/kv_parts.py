@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from handover_sides import layout_of, random_memory  # noqa: E402
 
-from kvtransfer.digest import copy_and_digest, digest_pages, queue_digests  # noqa: E402
+from kvtransfer.digest import copy_and_digest, digest_pages, start_digests  # noqa: E402
 from kvtransfer.peer_copy import PeerCopier  # noqa: E402
 from kvtransfer.pool_sealer import PoolSealer  # noqa: E402
 
@@ -100,7 +100,7 @@ def pages(source: torch.Tensor, target: torch.Tensor, page_size: int, size: int)
     measure(
         f"digest, {title}",
         size,
-        lambda: queue_digests(pool, order, valid, layout),
+        lambda: start_digests(pool, order, valid, layout),
         torch.cuda.synchronize,
     )
     measure(f"both, {title}", size, both, torch.cuda.synchronize)

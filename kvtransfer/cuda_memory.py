@@ -151,19 +151,19 @@ def open_window(handle: bytes, device: torch.device) -> int:
 
 
 def copy_async(target: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
-    """Copies `size` bytes between two addresses of device memory, behind what the stream does, by
-    a copy engine: no kernel takes part. The stream's device must be the current one. Raises
-    TransportError where it cannot start.
+    """Copies `size` bytes between two addresses of device or pinned host memory, behind what the
+    stream does, by a copy engine: no kernel takes part. The stream's device must be the current
+    one. Raises TransportError where it cannot start.
     """
     # Holding the GIL: the call takes microseconds, getting the GIL back may take many more.
     status = _copy()(target, source, size, stream.cuda_stream)
     if status:
-        _check("cuMemcpyDtoDAsync", status)
+        _check("cuMemcpyAsync", status)
 
 
 @cache
 def _copy() -> Any:
-    function = ctypes.PyDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
+    function = ctypes.PyDLL("libcuda.so.1").cuMemcpyAsync
     function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function

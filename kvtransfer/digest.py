@@ -13,10 +13,7 @@ against a forger: peers are authenticated elsewhere.
 """
 
 import importlib
-import importlib.util
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,18 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvtransfer.device_digest import DeviceDigests, digester
 from kvtransfer.layout import WORD_BYTES, PageLayout
 
 RANGES = 1
 """Digests a page: one over all layers and heads. Finer ranges are folded from `digest_parts`."""
 
 SEAL_BYTES = 8 * RANGES
-
-_CUDA_BATCH_BYTES = 64 << 20
-"""Bytes of pages widened at once on a GPU; bounds the temporary to twice as much."""
-
-_KERNEL_WORDS = 2048
-"""Words that a program of the kernel takes at a time."""
 
 _ROW_STREAM = 0x9E3779B97F4A7C15
 _WORD_STREAM = 0xD1B54A32D192ED03
@@ -100,27 +92,18 @@ def digest_pages(
             _cpu_digest(memory[p], v, layout) for p, v in zip(pages, valid_tokens, strict=True)
         ]
         return torch.tensor(values, dtype=torch.int64).view(len(pages), RANGES)
-    with own_stream(pool.device):
-        return folded(queue_parts(pool, pages, valid_tokens, layout).cpu())
+    return as_tensor(start_digests(pool, pages, valid_tokens, layout).wait())
 
 
-def queue_parts(
+def start_digests(
     pool: torch.Tensor,
     pages: Sequence[int],
     valid_tokens: Sequence[int],
     layout: PageLayout,
-) -> torch.Tensor:
-    """As `queue_digests`, but [len(pages), parts of each] int64: the host can add them up
-    (`folded`) for less than another kernel costs."""
+) -> DeviceDigests:
+    """As `digest_pages` for a pool on CUDA, without waiting."""
     _check(pool, pages, valid_tokens, layout)
-    if triton_installed():
-        return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
-    return _device_digest(pool, pages, valid_tokens, layout)
-
-
-def folded(parts: torch.Tensor) -> torch.Tensor:
-    """Parts of digests, [n, parts] int64, as digests, [n, RANGES]."""
-    return parts.sum(1).view(len(parts), RANGES)
+    return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
 
 
 def queue_digests(
@@ -131,7 +114,18 @@ def queue_digests(
 ) -> torch.Tensor:
     """As `digest_pages` for a pool on CUDA, behind what the current stream does, and without
     waiting: [len(pages), RANGES] int64 on the pool's device."""
-    return folded(queue_parts(pool, pages, valid_tokens, layout))
+    _check(pool, pages, valid_tokens, layout)
+    weights = device_weights(layout, pool.device)
+    table = torch.from_numpy(_table(pages, pages, valid_tokens)).pin_memory()
+    sums = torch.empty((len(pages), layout.rows), dtype=torch.int64, device=pool.device)
+    kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
+    kernels.copy_and_digest[len(pages), layout.rows](
+        *(words_of(pool), words_of(pool), table.to(pool.device, non_blocking=True), sums),
+        *weights,
+        *_numbers(layout, copy=False),
+        num_warps=kernels.NUM_WARPS,
+    )
+    return sums.sum(1).view(len(pages), RANGES)
 
 
 def copy_and_digest(
@@ -155,12 +149,12 @@ def copy_and_digest(
     if pool.device.type == "cpu":
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
-    with own_stream(pool.device):
-        if window.device == pool.device and triton_installed():
-            parts = _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
-            return folded(parts.cpu())
+    if window.device == pool.device:
+        launched = _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
+        return as_tensor(launched.wait())
+    with torch.cuda.stream(digester(pool.device).stream):
         _copy(window, slots, pool, pages, valid_tokens, layout)
-        return digest_pages(pool, pages, valid_tokens, layout)
+    return digest_pages(pool, pages, valid_tokens, layout)
 
 
 def _copy(
@@ -179,24 +173,6 @@ def _copy(
         target.copy_(source, non_blocking=True)
 
 
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@contextmanager
-def own_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream for each thread and device, ahead of the steps' stream where both have work."""
-    streams: dict[torch.device, torch.cuda.Stream]
-    streams = _streams.__dict__.setdefault("by_device", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device), torch.cuda.stream(streams[device]):
-        yield streams[device]
-
-
-_streams = threading.local()
-
-
 def _launch(
     source: torch.Tensor,
     source_pages: Sequence[int],
@@ -206,30 +182,38 @@ def _launch(
     layout: PageLayout,
     *,
     copy: bool,
-) -> torch.Tensor:
-    """One kernel over all rows of all pages; each byte is read once. [pages, rows] int64."""
-    count = len(source_pages)
-    row_weights, word_weights = device_weights(layout, target.device)
-    numbers = np.array([source_pages, target_pages, valid_tokens], dtype=np.int64)
-    table = torch.from_numpy(numbers).pin_memory()
-    parts = torch.empty((count, layout.rows), dtype=torch.int64, device=target.device)
-    kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
-    kernels.copy_and_digest_kernel[(count, layout.rows)](
-        source.view(torch.int32),
-        target.view(torch.int32),
-        table.to(target.device, non_blocking=True),
-        parts,
-        row_weights,
-        word_weights,
-        count,
-        layout.rows,
-        layout.row_bytes // WORD_BYTES,
-        layout.token_bytes // WORD_BYTES,
-        COPY=copy,
-        BLOCK=_KERNEL_WORDS,
-        num_warps=8,
+) -> DeviceDigests:
+    """One kernel over all rows of all pages; each byte is read once."""
+    return digester(target.device).launch(
+        "copy_and_digest",
+        source=words_of(source),
+        target=words_of(target),
+        table=_table(source_pages, target_pages, valid_tokens),
+        weights=device_weights(layout, target.device),
+        numbers=_numbers(layout, copy=copy),
     )
-    return parts
+
+
+def _table(
+    source_pages: Sequence[int], target_pages: Sequence[int], valid_tokens: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """A line a page, as the kernel reads it."""
+    lines = zip(source_pages, target_pages, valid_tokens, strict=True)
+    return np.array(list(lines), dtype=np.int64).reshape(-1, 3)
+
+
+def _numbers(layout: PageLayout, *, copy: bool) -> tuple[int, ...]:
+    return layout.row_bytes // WORD_BYTES, layout.token_bytes // WORD_BYTES, copy
+
+
+def words_of(memory: torch.Tensor) -> torch.Tensor:
+    """uint8 pages or slots as the words that kernels read."""
+    return memory.view(torch.int32)
+
+
+def as_tensor(digests: npt.NDArray[np.int64]) -> torch.Tensor:
+    """[n] as [n, RANGES] int64 on the host."""
+    return torch.from_numpy(digests).view(-1, RANGES)
 
 
 def _check(
@@ -255,32 +239,6 @@ def _cpu_digest(page: npt.NDArray[np.uint8], valid: int, layout: PageLayout) -> 
     data = page.view(np.int32).reshape(layout.rows, -1)[:, :count]
     sums = np.einsum("rw,w->r", data, words[:count])
     return int((sums * rows).sum())
-
-
-def _device_digest(
-    pool: torch.Tensor, pages: Sequence[int], valid_tokens: Sequence[int], layout: PageLayout
-) -> torch.Tensor:
-    rows, words = device_weights(layout, pool.device)
-    out = torch.empty(len(pages), dtype=torch.int64, device=pool.device)
-    batch = max(1, _CUDA_BATCH_BYTES // layout.page_bytes)
-    row_words = pool.view(torch.int32).view(pool.shape[0], layout.rows, -1)
-    by_count: dict[int, list[int]] = {}
-    for index, valid in enumerate(valid_tokens):
-        by_count.setdefault(valid, []).append(index)
-    for valid, indices in by_count.items():
-        count = valid * layout.token_bytes // WORD_BYTES
-        for start in range(0, len(indices), batch):
-            chosen = indices[start : start + batch]
-            where = _on_device([pages[i] for i in chosen], pool.device)
-            data = row_words[:, :, :count].index_select(0, where)
-            sums = (data * words[:count]).sum(-1)
-            out[_on_device(chosen, pool.device)] = (sums * rows).sum(-1)
-    return out.view(len(pages), RANGES)
-
-
-def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """Without waiting for the device: an asynchronous copy comes out of pinned memory only."""
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def seals_of(digests: torch.Tensor) -> list[bytes]:

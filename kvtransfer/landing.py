@@ -7,29 +7,25 @@ kernel does the same on CUDA; without it a page is first taken out of the window
 scattered is what was digested and a late write cannot come between.
 """
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 
+from kvtransfer.device_digest import DeviceDigests, digester
 from kvtransfer.digest import (
-    RANGES,
     SEAL_BYTES,
+    as_tensor,
     copy_and_digest,
     device_weights,
     digest_pages,
-    own_stream,
     seals_of,
-    triton_installed,
+    words_of,
 )
 from kvtransfer.geometry import Piece, WriterPages
 from kvtransfer.layout import WORD_BYTES, PageLayout
 from kvtransfer.ticket import LandedPage
-
-_KERNEL_WORDS = 2048
-"""Words that a program of the kernel takes at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +99,9 @@ def _land_piece(
     _check(window, landed, writer, target)
     if target.pool.device.type == "cpu":
         return _staged(window, landed, writer, piece, target)
-    with own_stream(target.pool.device):
-        if window.device == target.pool.device and triton_installed():
-            return _launch(window, landed, writer, piece, target).cpu()
+    if window.device == target.pool.device:
+        return as_tensor(_launch(window, landed, writer, piece, target).wait())
+    with torch.cuda.stream(digester(target.pool.device).stream):
         return _staged(window, landed, writer, piece, target)
 
 
@@ -182,10 +178,9 @@ def _launch(
     writer: WriterPages,
     piece: Piece,
     target: LandingTarget,
-) -> torch.Tensor:
+) -> DeviceDigests:
     """One kernel over all rows of all pages; each byte is read once."""
     theirs, mine, device = writer.layout, target.layout, target.pool.device
-    row_weights, word_weights = device_weights(theirs, device)
     firsts = [page.position * theirs.page_size for page in landed]
     # a page of theirs touches at most so many of ours, however the two lie to one another
     reach = -(-theirs.page_size // mine.page_size) + 1
@@ -196,28 +191,23 @@ def _launch(
         for page, first, pages in zip(landed, firsts, lists, strict=True)
     ]
     here, there = _common_bytes(piece, target)
-    parts = torch.empty((len(landed), theirs.rows), dtype=torch.int64, device=device)
-    kernels: Any = importlib.import_module("kvtransfer.digest_kernels")
-    kernels.land_and_digest_kernel[(len(landed), theirs.rows)](
-        window.view(torch.int32),
-        target.pool.view(torch.int32),
-        torch.tensor(table, pin_memory=True).to(device, non_blocking=True),
-        parts,
-        row_weights,
-        word_weights,
-        4 + reach,
-        theirs.rows,
-        window.shape[1] // WORD_BYTES,
-        piece.offset // WORD_BYTES,
-        theirs.row_bytes // WORD_BYTES,
-        theirs.token_bytes // WORD_BYTES,
-        mine.row_bytes // WORD_BYTES,
-        mine.page_size,
-        mine.token_bytes // WORD_BYTES,
-        here.start // WORD_BYTES,
-        here.stop // WORD_BYTES,
-        there.start // WORD_BYTES,
-        BLOCK=_KERNEL_WORDS,
-        num_warps=8,
+    return digester(device).launch(
+        "land_and_digest",
+        source=words_of(window),
+        target=words_of(target.pool),
+        table=np.array(table, dtype=np.int64),
+        weights=device_weights(theirs, device),
+        numbers=(
+            4 + reach,
+            window.shape[1] // WORD_BYTES,
+            piece.offset // WORD_BYTES,
+            theirs.row_bytes // WORD_BYTES,
+            theirs.token_bytes // WORD_BYTES,
+            mine.row_bytes // WORD_BYTES,
+            mine.page_size,
+            mine.token_bytes // WORD_BYTES,
+            here.start // WORD_BYTES,
+            here.stop // WORD_BYTES,
+            there.start // WORD_BYTES,
+        ),
     )
-    return parts.sum(1).view(len(landed), RANGES)

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from kvtransfer.digest import digest_pages, folded, own_stream, queue_parts, seals_of
+from kvtransfer.device_digest import DeviceDigests
+from kvtransfer.digest import as_tensor, digest_pages, seals_of, start_digests
 from kvtransfer.layout import PageLayout
 
 
@@ -56,17 +57,13 @@ class KnownSeals:
 class QueuedSeals:
     """`PendingSeals` of a stream of a GPU."""
 
-    _parts: torch.Tensor
-    """Of the digests, in pinned memory."""
-    _event: torch.cuda.Event
+    _digests: DeviceDigests
 
     def ended(self) -> bool:
-        ended: bool = self._event.query()  # type: ignore[no-untyped-call]
-        return ended
+        return self._digests.ended()
 
     def seals(self) -> list[bytes]:
-        self._event.synchronize()
-        return seals_of(folded(self._parts))
+        return seals_of(as_tensor(self._digests.wait()))
 
 
 class PoolSealer:
@@ -87,10 +84,4 @@ class PoolSealer:
     def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
         if not self.queues:
             return KnownSeals(self.seals(pages, valid_tokens))
-        with own_stream(self._pool.device) as stream:
-            parts = queue_parts(self._pool, pages, valid_tokens, self._layout)
-            here = torch.empty(parts.shape, dtype=parts.dtype, pin_memory=True)
-            here.copy_(parts, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        return QueuedSeals(here, event)
+        return QueuedSeals(start_digests(self._pool, pages, valid_tokens, self._layout))

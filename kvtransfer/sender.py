@@ -369,7 +369,7 @@ class Sender:
         """What one write takes: pages whose first layers have landed go first, as they need no
         credit and would keep their slots from all others; then whole ones."""
         early: list[SourcePage] = []
-        for page in out.pending:
+        for page in out.pending if out.early else ():
             begun = out.early.get(page.position)
             if begun is None or begun.writes:
                 continue
