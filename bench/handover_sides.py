@@ -36,10 +36,9 @@ from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
 from worker.engine_process import let_threads_alternate
+from worker.rank_model import MAX_WINDOW_TOKENS
 
 WINDOW_BYTES = 4 << 30
-MAX_WINDOW_SLOTS = 512
-"""As a decode worker takes them."""
 OUTBOX_SLOTS = 16
 LEASE_S = 30.0
 
@@ -234,7 +233,7 @@ class Reader:
 
     def _open(self, name: str, page: int) -> Side:
         layout = layout_of(page)
-        slots = min(MAX_WINDOW_SLOTS, self._window.numel() // layout.page_bytes)
+        slots = min(MAX_WINDOW_TOKENS // page, self._window.numel() // layout.page_bytes)
         window = self._window[: slots * layout.page_bytes].view(slots, layout.page_bytes)
         kind = name.split()[0]
         port, closing = 0, []

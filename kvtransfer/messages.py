@@ -1,9 +1,9 @@
 """Making and matching the messages between the two sides of a transfer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvtransfer.states import TransferFailure
-from kvtransfer.ticket import SourcePage, Ticket
+from kvtransfer.ticket import LandedPage, SourcePage, Ticket
 from protos.baton.v1 import kv_pb2
 
 
@@ -24,22 +24,46 @@ def names(ticket: Ticket, message: kv_pb2.KvMessage) -> bool:
 
 
 def written(
-    ticket: Ticket, pages: Iterable[tuple[SourcePage, int]], *, so_far: int
+    ticket: Ticket, pages: Sequence[SourcePage], slots: Iterable[int], *, so_far: int
 ) -> kv_pb2.KvMessage:
-    """Announces (page, landing slot) pairs; without any, a heartbeat. `so_far`: pages that were
-    announced by writes that have ended."""
+    """Announces pages and the landing slots that they lie in; without any, a heartbeat. `so_far`:
+    pages that were announced by writes that have ended."""
     message = about(ticket)
-    message.written.pages_written = so_far
-    message.written.SetInParent()
-    for page, slot in pages:
-        message.written.pages.add(
-            slot=slot,
-            position=page.position,
-            valid_tokens=page.valid_tokens,
-            seal=page.seal,
-            chain_hash=page.chain_hash,
-        )
+    told = message.written
+    told.pages_written = so_far
+    told.SetInParent()
+    if pages:
+        told.slots.extend(slots)
+        told.positions.extend([page.position for page in pages])
+        told.valid_tokens.extend([page.valid_tokens for page in pages])
+        told.seals = b"".join([page.seal for page in pages])
+        told.chain_hashes = b"".join([page.chain_hash for page in pages])
     return message
+
+
+def landed(written: kv_pb2.PagesWritten) -> list[LandedPage]:
+    """The pages that a message announces. Raises ValueError where its lists do not fit together."""
+    count = len(written.slots)
+    return [
+        LandedPage(*page)
+        for page in zip(
+            written.slots,
+            written.positions,
+            written.valid_tokens,
+            _split(written.seals, count),
+            _split(written.chain_hashes, count),
+            strict=True,
+        )
+    ]
+
+
+def _split(joined: bytes, count: int) -> list[bytes]:
+    size = len(joined) // max(1, count)
+    if size * count != len(joined):
+        raise ValueError(f"{len(joined)} bytes are not {count} of one length")
+    if not size:
+        return [b""] * count
+    return [joined[start : start + size] for start in range(0, len(joined), size)]
 
 
 def complete(ticket: Ticket, *, pages: int, page_bytes: int, first_token: int) -> kv_pb2.KvMessage:

@@ -266,11 +266,17 @@ class Receiver:
         return False
 
     def _on_written(self, entry: Incoming, written: kv_pb2.PagesWritten) -> None:
-        if not written.pages:
+        try:
+            pages = messages.landed(written)
+        except ValueError as error:
+            self._fail(entry, TransferFailure.MISMATCH, f"an announcement of pages: {error}")
+            return
+        if not pages:
             self._is_short(entry, written.pages_written)
             return
         fresh: list[LandedPage] = []
-        for page in written.pages:
+        first_slot = entry.window.first_slot
+        for page in pages:
             if page.position in entry.landed or page.position in entry.accepted:
                 self._links.dropped["duplicate_page"] += 1
                 continue
@@ -280,15 +286,7 @@ class Receiver:
                 return
             entry.credited.discard(page.slot)
             entry.landed[page.position] = page.slot
-            fresh.append(
-                LandedPage(
-                    slot=page.slot - entry.window.first_slot,
-                    position=page.position,
-                    valid_tokens=page.valid_tokens,
-                    seal=page.seal,
-                    chain_hash=page.chain_hash,
-                )
-            )
+            fresh.append(page._replace(slot=page.slot - first_slot) if first_slot else page)
         state = advance(entry.state, Trigger.PAGES)
         if fresh and state is not None:
             entry.state = state
@@ -308,7 +306,7 @@ class Receiver:
         landing = transport.landing_of(first_slot) if transport is not None else None
         return entry.window.memory if landing is None else landing
 
-    def _page_problem(self, entry: Incoming, page: kv_pb2.LandedPage) -> str | None:
+    def _page_problem(self, entry: Incoming, page: LandedPage) -> str | None:
         position = page.position
         if not entry.first_position <= position < entry.total_pages:
             return f"page at position {position} was not asked for"

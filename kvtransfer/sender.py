@@ -149,7 +149,7 @@ class Sender:
         for start in range(0, len(chosen), self._write_pages):
             some = chosen[start : start + self._write_pages]
             copies = [(early.page, early.slot) for early in some]
-            message = messages.written(out.ticket, (), so_far=out.pages_written)
+            message = messages.written(out.ticket, (), (), so_far=out.pages_written)
             try:
                 write = transport.write(
                     out.ticket.instance_id, copies, message.SerializeToString(), part=part
@@ -353,7 +353,7 @@ class Sender:
         if out.complete_sent:
             self._send_complete(out)
         else:
-            self._send(out, messages.written(out.ticket, (), so_far=out.pages_written))
+            self._send(out, messages.written(out.ticket, (), (), so_far=out.pages_written))
 
     # ---- the machine ----------------------------------------------------------------------------
 
@@ -388,9 +388,7 @@ class Sender:
         part = None
         if begun and begun[0].layers:
             part = (begun[0].layers * 2 * self._layout.row_bytes, self._layout.page_bytes)
-        message = messages.written(
-            out.ticket, zip(pages, slots, strict=True), so_far=out.pages_written
-        )
+        message = messages.written(out.ticket, pages, slots, so_far=out.pages_written)
         transport = self._links.get(out.ticket.instance_id)
         if transport is None:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
@@ -411,7 +409,10 @@ class Sender:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
             return
         for page in pages:
-            out.pending.remove(page)
+            if out.pending[0] is page:
+                out.pending.popleft()
+            else:
+                out.pending.remove(page)
             if out.early.pop(page.position, None) is None:
                 out.credits.popleft()
         out.state = advance(out.state, Trigger.PAGES) or out.state

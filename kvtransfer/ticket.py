@@ -1,6 +1,7 @@
 """The ticket: decode's promise of pages for a whole request, and of slots to write into now."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protos.baton.v1 import kv_pb2
 
@@ -53,9 +54,9 @@ class Ticket:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourcePage:
-    """A sealed page that prefill hands over."""
+class SourcePage(NamedTuple):
+    """A sealed page that prefill hands over. Like `LandedPage` it is made for every page of every
+    prompt, on the way of a first token: a tuple costs a fifth of a frozen dataclass."""
 
     page: int
     """Index in prefill's pool."""
@@ -73,8 +74,7 @@ class SourcePage:
     """Hash of the token chain up to the page's last valid token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LandedPage:
+class LandedPage(NamedTuple):
     """A page whose bytes lie in a landing slot, not yet believed."""
 
     slot: int

@@ -153,7 +153,8 @@ class WorkerConfig(TlsSettings):
     """Longest prompt + output in tokens; 0: the model's own."""
 
     landing_slots: int = 0
-    """Pages of the landing window that peers may write (decode); 0: 1/8 of the pool, 16 to 512."""
+    """Pages of the landing window that peers may write (decode); 0: 1/8 of the pool, from 16 pages
+    up to 32,768 tokens."""
 
     drain_timeout_s: float = 60.0
     """Longest a draining worker goes on with what it has taken; what still runs then is handed

@@ -18,9 +18,10 @@ from kvtransfer.layout import PageLayout
 from worker.config import WorkerConfig
 from worker.kv_traffic import KvTraffic
 
-MAX_WINDOW_SLOTS = 512
-"""Slots of a landing window whose size the operator has left open, at most."""
-
+MAX_WINDOW_TOKENS = 32_768
+"""Of a landing window whose size the operator has left open, at most. A prompt may have a quarter
+of it under way, which must cover what a link carries until its credits come back, whatever a page
+holds."""
 
 MIN_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 8
 """The window is this fraction of the pool; larger prompts stream through it."""
@@ -29,7 +30,12 @@ MIN_WINDOW_SLOTS, POOL_TO_WINDOW = 16, 8
 def window_slots(config: WorkerConfig, num_pages: int) -> int:
     """Slots of the landing window, the same on all ranks."""
     share = num_pages // POOL_TO_WINDOW
-    return config.landing_slots or max(MIN_WINDOW_SLOTS, min(MAX_WINDOW_SLOTS, share))
+    return config.landing_slots or max(MIN_WINDOW_SLOTS, min(most_window_slots(config), share))
+
+
+def most_window_slots(config: WorkerConfig) -> int:
+    """What the window takes where the pool is large."""
+    return config.landing_slots or MAX_WINDOW_TOKENS // config.page_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +106,7 @@ def load_rank_model(
         itemsize=kv_storage_dtype(config.kv_cache_dtype, dtype).itemsize,
     )
     graphs = min(config.cuda_graph_max_batch, config.max_running_requests)
-    window_bytes = (config.landing_slots or MAX_WINDOW_SLOTS) * layout.page_bytes
+    window_bytes = most_window_slots(config) * layout.page_bytes
     try:
         runner = load_model_runner(
             checkpoint,

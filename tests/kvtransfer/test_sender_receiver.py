@@ -288,13 +288,19 @@ def told(pair: Pair, message: kv_pb2.KvMessage, peer: str = PREFILL) -> None:
     pair.decode_events += pair.decode.poll_events()
 
 
-def page_message(ticket: object, **page: object) -> kv_pb2.KvMessage:
-    fields: dict[str, object] = {"position": 0, "valid_tokens": 4, "seal": b"", **page}
+def page_message(
+    ticket: object, *, slot: int, position: int = 0, valid_tokens: int = 4, chain_hash: bytes = b""
+) -> kv_pb2.KvMessage:
     return kv_pb2.KvMessage(
         ticket_id=ticket.ticket_id,  # type: ignore[attr-defined]
         epoch=ticket.epoch,  # type: ignore[attr-defined]
         request_id=ticket.request_id,  # type: ignore[attr-defined]
-        written=kv_pb2.PagesWritten(pages=[kv_pb2.LandedPage(**fields)]),  # type: ignore[arg-type]
+        written=kv_pb2.PagesWritten(
+            slots=[slot],
+            positions=[position],
+            valid_tokens=[valid_tokens],
+            chain_hashes=chain_hash,
+        ),
     )
 
 
@@ -332,7 +338,7 @@ def test_a_message_for_another_grant_is_dropped_and_counted(
         {"slot": 0, "valid_tokens": 5},
     ],
 )
-def test_a_page_that_was_not_asked_for_fails_the_transfer(page: dict[str, object]) -> None:
+def test_a_page_that_was_not_asked_for_fails_the_transfer(page: dict[str, int]) -> None:
     pair = make()
     ticket = pair.grant("r", 8)
     assert ticket.slots == (0,)

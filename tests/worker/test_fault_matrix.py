@@ -113,7 +113,7 @@ class Case(Handover):
             return TransferState.FAILED
         if kind == "ack":
             return TransferState.COMPLETE
-        if kind == "complete" or message.credit.slots or message.written.pages:
+        if kind == "complete" or message.credit.slots or message.written.slots:
             return TransferState.RECEIVING
         begun = message.written.pages_written or message.credit.total
         if fault.sender == DECODE and not begun:

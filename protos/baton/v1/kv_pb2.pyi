@@ -187,26 +187,20 @@ class ProbeGranted(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
 
 class PagesWritten(_message.Message):
-    __slots__ = ("pages", "pages_written")
-    PAGES_FIELD_NUMBER: _ClassVar[int]
-    PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
-    pages: _containers.RepeatedCompositeFieldContainer[LandedPage]
-    pages_written: int
-    def __init__(self, pages: _Optional[_Iterable[_Union[LandedPage, _Mapping]]] = ..., pages_written: _Optional[int] = ...) -> None: ...
-
-class LandedPage(_message.Message):
-    __slots__ = ("slot", "position", "valid_tokens", "seal", "chain_hash")
-    SLOT_FIELD_NUMBER: _ClassVar[int]
-    POSITION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("slots", "positions", "valid_tokens", "seals", "chain_hashes", "pages_written")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VALID_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SEAL_FIELD_NUMBER: _ClassVar[int]
-    CHAIN_HASH_FIELD_NUMBER: _ClassVar[int]
-    slot: int
-    position: int
-    valid_tokens: int
-    seal: bytes
-    chain_hash: bytes
-    def __init__(self, slot: _Optional[int] = ..., position: _Optional[int] = ..., valid_tokens: _Optional[int] = ..., seal: _Optional[bytes] = ..., chain_hash: _Optional[bytes] = ...) -> None: ...
+    SEALS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_HASHES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    valid_tokens: _containers.RepeatedScalarFieldContainer[int]
+    seals: bytes
+    chain_hashes: bytes
+    pages_written: int
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., seals: _Optional[bytes] = ..., chain_hashes: _Optional[bytes] = ..., pages_written: _Optional[int] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
     __slots__ = ("total_pages", "first_token", "total_bytes")
