@@ -7,7 +7,7 @@ library has another name in every release and lies where pip put it.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -159,6 +159,68 @@ def copy_async(target: int, source: int, size: int, stream: torch.cuda.Stream) -
     status = _copy()(target, source, size, stream.cuda_stream)
     if status:
         _check("cuMemcpyAsync", status)
+
+
+def copy_all_async(
+    targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: torch.cuda.Stream
+) -> None:
+    """`copy_async` of each, in any order, by one call where the driver has it (12.8 and later)."""
+    batch = _batch()
+    if batch is None or len(sizes) == 1:
+        for target, source, size in zip(targets, sources, sizes, strict=True):
+            copy_async(target, source, size, stream)
+        return
+    count = len(sizes)
+    attributes = _CopyAttributes(source_order=_IN_STREAM_ORDER)
+    first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
+    status = batch(
+        (ctypes.c_uint64 * count)(*targets),
+        (ctypes.c_uint64 * count)(*sources),
+        (ctypes.c_size_t * count)(*sizes),
+        count,
+        ctypes.byref(attributes),
+        ctypes.byref(first),
+        1,
+        ctypes.byref(failed),
+        stream.cuda_stream,
+    )
+    if status:
+        _check("cuMemcpyBatchAsync", status)
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes. The locations are hints; zero: none."""
+
+    _fields_ = [
+        ("source_order", ctypes.c_int),
+        ("source", _Location),
+        ("target", _Location),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+_IN_STREAM_ORDER = 1
+"""CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: a source is read behind what the stream does."""
+
+
+@cache
+def _batch() -> Any:
+    """As of CUDA 12.8; what 13 changed has another symbol."""
+    function = getattr(ctypes.PyDLL("libcuda.so.1"), "cuMemcpyBatchAsync", None)
+    if function is not None:
+        function.argtypes = [
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_size_t,
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_size_t,
+            *[ctypes.c_void_p] * 2,
+        ]
+        function.restype = ctypes.c_int
+    return function
 
 
 @cache

@@ -77,7 +77,6 @@ class DeviceDigester:
         self._lanes: list[_Lane] = []
         self._kernels: dict[tuple[object, ...], Any] = {}
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._raw_stream: int = self.stream.cuda_stream
 
     def launch(
         self,
@@ -88,35 +87,33 @@ class DeviceDigester:
         table: IntArray,
         weights: tuple[torch.Tensor, torch.Tensor],
         numbers: tuple[int, ...],
+        stream: torch.cuda.Stream | None = None,
     ) -> DeviceDigests:
         """Starts `kernel` of digest_kernels over each row of each page: a line of `table`
         ([pages, words]) says which, `weights` are its rows' and its words', `numbers` what the
-        layout gives. Waits for nothing else on the device: whoever wrote the pages must have waited
-        for that.
+        layout gives. Behind what `stream` does; None: behind nothing, so whoever wrote the pages
+        must have waited for that.
         """
+        stream = stream or self.stream
         count, rows = len(table), len(weights[0])
         lane = self._lane(table.size, count * rows)
         lane.table_here[: table.size] = table.reshape(-1)
         arguments = (source, target, lane.table, lane.sums, *weights, *numbers)
         key = (kernel, numbers, source.data_ptr() % 16, target.data_ptr() % 16)
         with torch.cuda.device(self._device):
-            copy_async(
-                lane.table.data_ptr(), lane.pinned[0].data_ptr(), 8 * table.size, self.stream
-            )
+            copy_async(lane.table.data_ptr(), lane.pinned[0].data_ptr(), 8 * table.size, stream)
             compiled = self._kernels.get(key)
             if compiled is None:
                 module = importlib.import_module("kvtransfer.digest_kernels")
-                with torch.cuda.stream(self.stream):
+                with torch.cuda.stream(stream):
                     compiled = getattr(module, kernel)[count, rows](
                         *arguments, num_warps=module.NUM_WARPS
                     )
                 self._kernels[key] = compiled
             else:
-                compiled[count, rows, 1](*arguments, stream=self._raw_stream)
-            copy_async(
-                lane.pinned[1].data_ptr(), lane.sums.data_ptr(), 8 * count * rows, self.stream
-            )
-            lane.event.record(self.stream)
+                compiled[count, rows, 1](*arguments, stream=stream.cuda_stream)
+            copy_async(lane.pinned[1].data_ptr(), lane.sums.data_ptr(), 8 * count * rows, stream)
+            lane.event.record(stream)
         digests = DeviceDigests(lane, count, rows)
         lane.user = weakref.ref(digests)
         return digests

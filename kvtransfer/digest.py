@@ -100,10 +100,13 @@ def start_digests(
     pages: Sequence[int],
     valid_tokens: Sequence[int],
     layout: PageLayout,
+    *,
+    stream: torch.cuda.Stream | None = None,
 ) -> DeviceDigests:
-    """As `digest_pages` for a pool on CUDA, without waiting."""
+    """As `digest_pages` for a pool on CUDA, without waiting; behind what `stream` does, if one is
+    given."""
     _check(pool, pages, valid_tokens, layout)
-    return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False)
+    return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False, stream=stream)
 
 
 def queue_digests(
@@ -182,6 +185,7 @@ def _launch(
     layout: PageLayout,
     *,
     copy: bool,
+    stream: torch.cuda.Stream | None = None,
 ) -> DeviceDigests:
     """One kernel over all rows of all pages; each byte is read once."""
     return digester(target.device).launch(
@@ -191,6 +195,7 @@ def _launch(
         table=_table(source_pages, target_pages, valid_tokens),
         weights=device_weights(layout, target.device),
         numbers=_numbers(layout, copy=copy),
+        stream=stream,
     )
 
 

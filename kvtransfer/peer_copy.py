@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtransfer.cuda_memory import copy_async
+from kvtransfer.cuda_memory import copy_all_async
 from kvtransfer.errors import TransportError
 
 
@@ -51,10 +51,14 @@ class PeerCopier:
         first, end = part or (0, self._page_bytes)
         with torch.cuda.device(self._device):
             try:
-                for page, address, count in joined(copies, self._page_bytes, whole=part is None):
-                    source = self._base + page * self._page_bytes + first
-                    size = count * self._page_bytes if part is None else end - first
-                    copy_async(address + first, source, size, self._stream)
+                runs = joined(copies, self._page_bytes, whole=part is None)
+                size = self._page_bytes if part is None else end - first
+                copy_all_async(
+                    [address + first for _, address, _ in runs],
+                    [self._base + page * self._page_bytes + first for page, _, _ in runs],
+                    [count * size for _, _, count in runs],
+                    self._stream,
+                )
             except TransportError:
                 self._stream.synchronize()
                 raise

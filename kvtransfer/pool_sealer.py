@@ -35,8 +35,11 @@ class Sealer(Protocol):
         """Seals of pool pages as they are now; waits for the device."""
         ...
 
-    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
-        """The same without waiting where it `queues`."""
+    def start(
+        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+    ) -> PendingSeals:
+        """The same without waiting where it `queues`. `behind_step`: of pages as they will be when
+        what this thread has launched on the device has ended."""
         ...
 
 
@@ -81,7 +84,12 @@ class PoolSealer:
     def queues(self) -> bool:
         return self._pool.device.type == "cuda"
 
-    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+    def start(
+        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+    ) -> PendingSeals:
         if not self.queues:
             return KnownSeals(self.seals(pages, valid_tokens))
-        return QueuedSeals(start_digests(self._pool, pages, valid_tokens, self._layout))
+        stream = torch.cuda.current_stream(self._pool.device) if behind_step else None
+        return QueuedSeals(
+            start_digests(self._pool, pages, valid_tokens, self._layout, stream=stream)
+        )

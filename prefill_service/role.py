@@ -6,10 +6,11 @@ client; the source pages stay owned until decode has acknowledged them.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from engine.errors import EngineError, QueueFullError
-from engine.memory.chain_hash import chain_hash, namespace_hash
+from engine.memory.chain_hash import namespace_hash, page_chain_hashes
 from engine.scheduler.deadlines import Deadlines
 from engine.scheduler.req import FinishReason, Req, RequestPhase
 from engine.scheduler.waiting_queue import Key, WaitingQueue
@@ -18,7 +19,7 @@ from kvtransfer.errors import TransferError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
 from kvtransfer.states import TransferFailure
 from kvtransfer.ticket import Ticket
-from prefill_service.seals import SealStore, StaleSourceError
+from prefill_service.seals import Sealing, SealStore, StaleSourceError
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 from worker.engine_role import FAILURE_CODES, EngineRole, make_rid, told
@@ -48,7 +49,10 @@ class PrefillRole(EngineRole):
         self._handovers: dict[RequestId, Handover] = {}
         self._reqs: dict[RequestId, Req] = {}
         self._chains: dict[RequestId, list[bytes]] = {}
-        """Chain hash of each page of a request that was computed, or found cached, so far."""
+        """Chain hash of each page of a request that is computed, or was found cached, so far."""
+        self._extends: dict[RequestId, deque[tuple[range, Sealing]]] = {}
+        """Of each extend that is launched, oldest first: the positions of the pages that it makes
+        whole, and the seals of those that it computes."""
         self._seals = SealStore(parts)
         parts.memory.tree_cache.seals = self._seals
         by_priority = parts.config.enable_priority_scheduling
@@ -195,13 +199,19 @@ class PrefillRole(EngineRole):
         if pages:
             self.agent.push_layers(req.rid, pages, layers)
 
+    def on_extend_launched(self, req: Req, *, start: int, end: int, draws: bool) -> None:
+        # The host does its part now, while the device computes: afterwards a client waits.
+        launched = self._extends.setdefault(req.rid, deque())
+        launched.append(self._begin_sealing(req, start=start, end=end, prompt_done=draws))
+
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:
         # Sealed whatever becomes of the request: the prefix cache may lend its pages to another.
         if prompt_done:
             self.trace.mark(req.rid, COMPUTED)
-        fresh = self._seal_new_pages(req, prompt_done=prompt_done)
+        fresh, sealing = self._extends[req.rid].popleft()
+        self._seals.finish(sealing)
         if prompt_done:
             self.trace.mark(req.rid, SEALED)
         handover = self._handovers.get(req.rid)
@@ -224,29 +234,28 @@ class PrefillRole(EngineRole):
             self.agent.complete(req.rid, token)
             self.trace.mark(req.rid, PUSHED)
 
-    def _seal_new_pages(self, req: Req, *, prompt_done: bool) -> range:
-        """Extends the request's chain over the pages that this extend made whole (at the prompt's
-        end, over the last one, too), and seals those that it computed. Returns their positions,
-        pages of a cached prefix included: these carry the seal of whoever computed them.
+    def _begin_sealing(
+        self, req: Req, *, start: int, end: int, prompt_done: bool
+    ) -> tuple[range, Sealing]:
+        """Extends the request's chain over the pages that this extend makes whole (at the prompt's
+        end, over the last one, too), and seals those that it computes. Returns the positions of
+        all of them, pages of a cached prefix included: these carry the seal of whoever computed
+        them.
         """
-        page_size = self.parts.layout.page_size
+        layout = self.parts.layout
+        size = layout.page_size
         chain = self._chains.setdefault(req.rid, [])
-        committed = req.kv_ready_len
-        stop = -(-committed // page_size) if prompt_done else committed // page_size
+        stop = -(-end // size) if prompt_done else end // size
         fresh = range(len(chain), stop)
-        ids = req.token_ids(committed)
-        for position in fresh:
-            previous = chain[-1] if chain else namespace_hash(req.extra_key)
-            chain.append(chain_hash(previous, ids[position * page_size :][:page_size]))
-        computed = range(max(fresh.start, req.kv_ready_from // page_size), stop)
-        if computed:
-            pages = self.scheduler.request_pages(req)
-            self._seals.seal(
-                [pages[position] for position in computed],
-                [chain[position] for position in computed],
-                [self.parts.layout.valid_tokens(position, committed) for position in computed],
-            )
-        return fresh
+        ids = req.token_ids(end)[fresh.start * size : stop * size]
+        previous = chain[-1] if chain else namespace_hash(req.extra_key)
+        chain += page_chain_hashes(ids, size, previous=previous)
+        computed = range(max(fresh.start, start // size), stop)
+        return fresh, self._seals.begin(
+            req.pages[computed.start : computed.stop],
+            chain[computed.start : computed.stop],
+            [layout.valid_tokens(position, end) for position in computed],
+        )
 
     def _push(self, req: Req, ticket: Ticket, fresh: range) -> None:
         """Hands over the pages that decode does not hold. Raises StaleSourceError."""
@@ -311,6 +320,7 @@ class PrefillRole(EngineRole):
     def done(self, rid: RequestId) -> None:
         self._reqs.pop(rid, None)
         self._chains.pop(rid, None)
+        self._extends.pop(rid, None)
         super().done(rid)
 
     # ---- readings -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.memory.page_allocator import PageAllocator
+from kvtransfer.pool_sealer import PendingSeals
 from kvtransfer.ticket import SourcePage
 from worker.engine_parts import EngineParts
 
@@ -25,6 +26,18 @@ class _Seal:
     valid_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """Pages between the launch of the step that computes them and its end."""
+
+    pages: list[int]
+    generations: list[int]
+    chain: list[bytes]
+    valid: list[int]
+    pending: PendingSeals | None
+    """None: they are sealed when the step has ended."""
+
+
 class SealStore:
     """One seal a page at most; a stale one is as good as none."""
 
@@ -34,11 +47,34 @@ class SealStore:
         self._layout = parts.layout
         self._seals: dict[int, _Seal] = {}
 
-    def seal(self, pages: Sequence[int], chain: Sequence[bytes], valid: Sequence[int]) -> None:
-        """Seals pages whose KV was computed just now; waits for the device once."""
-        digests = self._sealer.seals(pages, valid)
-        for page, link, count, digest in zip(pages, chain, valid, digests, strict=True):
-            self._seals[page] = _Seal(self._allocator.generation(page), link, digest, count)
+    def begin(
+        self, pages: Sequence[int], chain: Sequence[bytes], valid: Sequence[int]
+    ) -> "Sealing":
+        """Of pages whose KV is being computed: a GPU seals them right behind the step, so that
+        nobody waits for that afterwards. `finish` follows when the step has ended, or nothing."""
+        generations = [self._allocator.generation(page) for page in pages]
+        pending = None
+        if pages and self._sealer.queues:
+            pending = self._sealer.start(pages, valid, behind_step=True)
+        return Sealing(list(pages), generations, list(chain), list(valid), pending)
+
+    def finish(self, sealing: "Sealing") -> None:
+        """The KV of its pages is computed: they are sealed from now on."""
+        if not sealing.pages:
+            return
+        if sealing.pending is not None:
+            digests = sealing.pending.seals()
+        else:
+            digests = self._sealer.seals(sealing.pages, sealing.valid)
+        for page, generation, link, count, digest in zip(
+            sealing.pages,
+            sealing.generations,
+            sealing.chain,
+            sealing.valid,
+            digests,
+            strict=True,
+        ):
+            self._seals[page] = _Seal(generation, link, digest, count)
 
     def digest_of(self, page: int) -> bytes | None:
         """Of a whole page that was sealed and not given away since; None for any other."""

@@ -58,8 +58,11 @@ class RankKv:
         if window is not None and (window.device, window.shape[1]) == (pool.device, pool.shape[1]):
             copy_and_digest(window, [0], pool, [0], [layout.page_size], layout)
 
-    def start_seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
-        return PoolSealer(self.pool, self.place.layout).start(pages, valid_tokens)
+    def start_seals(
+        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool
+    ) -> PendingSeals:
+        sealer = PoolSealer(self.pool, self.place.layout)
+        return sealer.start(pages, valid_tokens, behind_step=behind_step)
 
     # ---- answers of a following rank ----------------------------------------------------------
 
@@ -99,11 +102,13 @@ class RankSealer:
     def queues(self) -> bool:
         return not self._links and self._local.pool.device.type == "cuda"
 
-    def start(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> PendingSeals:
+    def start(
+        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+    ) -> PendingSeals:
         """Waits where there are other ranks, whose answers come over their links."""
         if self._links:
             return KnownSeals(self.seals(pages, valid_tokens))
-        return self._local.start_seals(pages, valid_tokens)
+        return self._local.start_seals(pages, valid_tokens, behind_step=behind_step)
 
 
 class RankLander:

@@ -62,6 +62,11 @@ class StepsInFlight:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def newest(self) -> LaunchedStep:
+        """Launched last; there must be one."""
+        return self._steps[-1]
+
     def begin(self, batch: ScheduleBatch) -> LaunchedStep:
         """A batch's step is about to be launched. It counts from now on, as the steps before may be
         handled half-way through its launch: where a grammar decides what may be drawn, the layers

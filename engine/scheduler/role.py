@@ -37,6 +37,13 @@ class SchedulerRole:
         """Called at the start of every pass, whatever waits. May call `add_request`,
         `abort_request`, `add_prebuilt` and `release_request`; must not block."""
 
+    def on_extend_launched(self, req: Req, *, start: int, end: int, draws: bool) -> None:
+        """Called when all of an extend is on its way to the device, in the current stream: the KV
+        of positions `start .. end - 1`, in `req.pages`; `draws`: they are the prompt's last. Work
+        may be queued behind it there. `on_extend_result` follows for each of them, in this order,
+        but for a request that has ended meanwhile. Must not wait for the device.
+        """
+
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
     ) -> None:

@@ -22,7 +22,7 @@ from engine.scheduler.admission import (
 )
 from engine.scheduler.admit_waiting import WaitingAdmission
 from engine.scheduler.config import SchedulerConfig
-from engine.scheduler.in_flight import extend_spans
+from engine.scheduler.in_flight import LaunchedStep, extend_spans
 from engine.scheduler.prefill_adder import PrefillAdder
 from engine.scheduler.req import Req, RequestPhase
 from engine.scheduler.requests import SchedulerRequests
@@ -83,6 +83,8 @@ class Scheduler(SchedulerRequests):
         device; the host reads them when it gets to it."""
         if batch is self._split.batch:
             self._lifecycle.events.num_input_tokens += self._split.launch_part()
+            if self._split.batch is None:
+                self._tell_of_extends(self._in_flight.newest)
             return
         step = self._in_flight.begin(batch)
         # Where a grammar has a say, the draw waits for the tokens before; the layers do not.
@@ -92,6 +94,11 @@ class Scheduler(SchedulerRequests):
         batch.output_ids = result.next_token_ids
         self._in_flight.launched(step, batch, result)
         self._lifecycle.events.num_input_tokens += batch.num_input_tokens
+        self._tell_of_extends(step)
+
+    def _tell_of_extends(self, step: LaunchedStep) -> None:
+        for req, span in zip(step.reqs, step.spans, strict=False):
+            self.role.on_extend_launched(req, start=span.start, end=span.end, draws=span.draws)
 
     def _lose(self, batch: ScheduleBatch, error: StepMemoryError) -> None:
         """The batch was not computed. The tokens that earlier steps drew for it still count."""
