@@ -2,8 +2,8 @@
 
 The scheduler's thread calls the methods below; each only appends to a queue (or, for `grant`,
 touches the window's books) and returns. The transfer thread does the work, and its events go back
-through a queue that the scheduler empties once a step: the scheduler never waits for I/O and
-never touches a transport.
+through a queue that the scheduler empties once a step: the scheduler never waits for I/O. A write
+over a transport that any thread may use begins at once, while the transfer thread sleeps.
 """
 
 import time
@@ -160,6 +160,8 @@ class TransferAgent:
         self._failures: Counter[str] = Counter()
         self._tally = TransferTally(page_bytes=layout.page_bytes, clock=clock)
         self._held: dict[str, list[int]] = {}
+        self._at_once: set[str] = set()
+        """Requests of `_held` whose writes any thread may start."""
         self._receiving: dict[str, int] = {}
         """Request -> ticket of incoming transfers, as the role knows them."""
 
@@ -214,6 +216,9 @@ class TransferAgent:
         if ticket.request_id in self._held:
             raise DuplicateTransferError(f"request {ticket.request_id} is being sent already")
         self._held[ticket.request_id] = []
+        transport = self._transports.get(ticket.transport)
+        if transport is not None and transport.any_thread:
+            self._at_once.add(ticket.request_id)
         self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
 
@@ -227,7 +232,7 @@ class TransferAgent:
         self._hold(held, [page.page for page in pages])
         self._tally.moved(request_id, len(pages))
         copy = list(pages)
-        self.thread.do(lambda: self.thread.sender.push(request_id, copy))
+        self._start(request_id, lambda: self.thread.sender.push(request_id, copy))
 
     def push_layers(self, request_id: str, pages: Sequence[tuple[int, int]], layers: range) -> None:
         """Hands over `layers` of (position, page) whose other layers are still to be computed; the
@@ -238,7 +243,14 @@ class TransferAgent:
             return
         self._hold(held, [page for _, page in pages])
         copy = list(pages)
-        self.thread.do(lambda: self.thread.sender.push_layers(request_id, copy, layers))
+        self._start(request_id, lambda: self.thread.sender.push_layers(request_id, copy, layers))
+
+    def _start(self, request_id: str, command: Callable[[], None]) -> None:
+        """Runs what may start a write of a request: on this thread where its transport lets it."""
+        if request_id in self._at_once:
+            self.thread.do_now(command)
+        else:
+            self.thread.do(command)
 
     @staticmethod
     def _hold(held: list[int], pages: Sequence[int]) -> None:
@@ -247,7 +259,7 @@ class TransferAgent:
 
     def complete(self, request_id: str, first_token: int) -> None:
         """All pages were pushed, and this is the first token."""
-        self.thread.do(lambda: self.thread.sender.complete(request_id, first_token))
+        self._start(request_id, lambda: self.thread.sender.complete(request_id, first_token))
 
     def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
         """Gives an outgoing transfer up; TransferFailedEvent follows as for any failure."""
@@ -343,6 +355,7 @@ class TransferAgent:
         match event:
             case SourceReleased():
                 self._held.pop(event.request_id, None)
+                self._at_once.discard(event.request_id)
                 self._tally.complete(event.request_id)
             case TransferFailedEvent():
                 received = self._receiving.get(event.request_id) == event.ticket_id
@@ -352,6 +365,7 @@ class TransferAgent:
                     return False
                 elif event.quiesced:
                     del self._held[event.request_id]
+                    self._at_once.discard(event.request_id)
                 self._tally.fail(event.request_id, event.failure)
                 if event.quiesced:
                     self._failures[event.failure.name.lower()] += 1

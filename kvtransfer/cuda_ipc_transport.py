@@ -101,6 +101,7 @@ class CudaIpcTransport(Transport):
     polled: ClassVar[bool] = False
     writes_polled: ClassVar[bool] = True
     loss_ends_writes: ClassVar[bool] = False
+    any_thread: ClassVar[bool] = True
     writes_parts: ClassVar[bool] = True
 
     def __init__(

@@ -1,6 +1,7 @@
 """The one thread that drives every transport.
 
-It sleeps until a command, a message or a deadline wakes it. While pages travel it polls the
+It sleeps until a command, a message or a deadline wakes it; while it sleeps, the thread that has a
+command may run it itself (`do_now`). While pages travel it polls the
 transports that must be polled, every 20 to 500 µs: a progress thread of NIXL's own
 would spin a whole core.
 """
@@ -82,6 +83,8 @@ class TransferThread:
         self._device = device
         self._commands: deque[Callable[[], None]] = deque()
         self._signal = threading.Event()
+        self._turn = threading.Lock()
+        """Held by whoever runs commands or looks at transports."""
         self._stopping = False
         self._last_tick = clock()
         for transport in self._transports.values():
@@ -113,6 +116,25 @@ class TransferThread:
         self._commands.append(command)
         self._signal.set()
 
+    def do_now(self, command: Callable[[], None]) -> None:
+        """Any thread: runs `command` on the calling one where this one sleeps and owes nothing,
+        else on this one, in order, soon.
+
+        For what starts a write: waking a thread, and sharing the interpreter with it, takes longer
+        than the work. Whatever the command touches it has for itself until it returns.
+        """
+        if not self._turn.acquire(blocking=False):
+            self.do(command)
+            return
+        try:
+            if self._commands or not self._thread.is_alive():
+                self._commands.append(command)
+            else:
+                command()
+        finally:
+            self._turn.release()
+        self._signal.set()
+
     def wake(self) -> None:
         """Any thread: makes this one look around now."""
         self._signal.set()
@@ -125,7 +147,8 @@ class TransferThread:
         pause = MIN_POLL_S
         while not self._stopping:
             try:
-                worked = self.step()
+                with self._turn:
+                    worked = self.step()
             except Exception as error:
                 logger.exception("the KV transfer thread stopped")
                 self._emit(TransferThreadFailed(detail=f"{type(error).__name__}: {error}"))

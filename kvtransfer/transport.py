@@ -68,6 +68,9 @@ class Transport(ABC):
     writes_polled: ClassVar[bool] = False
     """Whether the end of a write appears only by polling, though messages wake."""
 
+    any_thread: ClassVar[bool] = False
+    """Whether `write` and `send` may be called by any thread, one at a time."""
+
     writes_parts: ClassVar[bool] = False
     """Whether `write` takes a part of each page, so that finished layers may leave early."""
 
