@@ -50,6 +50,9 @@ SHAPES = {
 LENGTHS = {"tiny": [64, 512, 2048], "8b": [256, 2048, 8000]}
 REPEATS = 5
 NEW_TOKENS = 32
+TTFT_LIMIT_MS = 500.0
+BEFORE_FIRST_TOKEN = ("admission", "reserve", "queue", "prefill", "network")
+"""Phases of a report."""
 
 
 @dataclass
@@ -148,7 +151,14 @@ async def arrivals(address: str, rate: float, duration: float, vocab: int) -> di
     handover = [s.itl_ms[0] for s in good if len(s.arrivals) > 1]
     means = [float(np.mean(s.itl_ms)) if len(s.arrivals) > 1 else 0.0 for s in good]
     tails = [float(np.percentile(s.itl_ms, 99)) if len(s.arrivals) > 1 else 0.0 for s in good]
-    prompt = [s.ttft_ms <= 500 for s in good]
+    prompt = [s.ttft_ms <= TTFT_LIMIT_MS for s in good]
+    late = [
+        f"{at:.2f} s: {length} tokens, {s.ttft_ms:.0f} ms ({longest_phase(s.phases_ms)})"
+        for (at, length, _), s in zip(plan, samples, strict=True)
+        if not s.error and s.ttft_ms > TTFT_LIMIT_MS
+    ]
+    if late:
+        print(f"first tokens later than {TTFT_LIMIT_MS:.0f} ms, by arrival: " + "; ".join(late))
     return {
         "rate": rate,
         "requests": len(samples),
@@ -161,6 +171,12 @@ async def arrivals(address: str, rate: float, duration: float, vocab: int) -> di
         "mean_12": share(zip(prompt, means, strict=True), 12, len(samples)),
         "p99_25": share(zip(prompt, tails, strict=True), 25, len(samples)),
     }
+
+
+def longest_phase(phases_ms: dict[str, float]) -> str:
+    """What a first token waited for most."""
+    name = max(BEFORE_FIRST_TOKEN, key=lambda phase: phases_ms.get(phase, 0.0))
+    return f"{name} {phases_ms.get(name, 0.0):.0f}"
 
 
 def handover_phases(trace: Path, since: int) -> tuple[list[dict[str, Any]], int]:
