@@ -14,13 +14,15 @@ if ((${#missing[@]} + ${#optional[@]})); then
     if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
         echo "installing Debian packages: ${missing[*]} ${optional[*]}"
         export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq </dev/null
+        # Another apt-get may be at work, and a mirror may be slow for a moment.
+        apt=(apt-get -qq -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300)
+        "${apt[@]}" update </dev/null
         if ((${#missing[@]})); then
-            apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null
+            "${apt[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null >/dev/null
         fi
         for package in "${optional[@]}"; do
             # Without it its tests are skipped, each with this reason.
-            apt-get install -y -qq --no-install-recommends "$package" </dev/null >/dev/null \
+            "${apt[@]}" install -y --no-install-recommends "$package" </dev/null >/dev/null \
                 || echo "not to be had: $package; its tests will be skipped" >&2
         done
     else

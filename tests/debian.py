@@ -4,14 +4,40 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
+PATIENT = ("-qq", "-o", "Acquire::Retries=5", "-o", "DPkg::Lock::Timeout=300")
+"""apt-get's options: a mirror may be slow for a moment, and another apt-get at work."""
+
+NOT_TO_BE_HAD = os.EX_TEMPFAIL
+"""Exit status of a set-up that ends with a SetUpError: its last line says why, and continuous
+integration leaves out by name what needs it. Any other end is a failure."""
+
 
 class SetUpError(Exception):
     """What tests need is not here and cannot be had; says what was tried and what is missing."""
+
+
+def set_up(get: Callable[[], str]) -> int:
+    """Of a module that gets what tests need, before they run: prints what it got, or in one line
+    why it did not. Returns the exit status."""
+    # In the background of a shell Ctrl-C is ignored, and what it has begun would outlive it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.monotonic()
+    try:
+        got = get()
+    except SetUpError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(error, file=sys.stderr)
+        print(f"{lines[0][:200]}: {lines[-1][:300]}" if len(lines) > 1 else lines[0])
+        return NOT_TO_BE_HAD
+    print(f"{got} ({time.monotonic() - began:.0f} s)")
+    return 0
 
 
 def install(packages: Mapping[str, str]) -> None:
@@ -32,10 +58,9 @@ def install(packages: Mapping[str, str]) -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise SetUpError(f"not installed here: {' '.join(missing)} (root on Debian installs them)")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    run("apt-get", "update", "-qq", environment=quiet)
+    run("apt-get", *PATIENT, "update", environment=quiet)
     run(
-        *("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing),
-        environment=quiet,
+        "apt-get", *PATIENT, "install", "-y", "--no-install-recommends", *missing, environment=quiet
     )
 
 
@@ -75,7 +100,8 @@ def run(
     environment: Mapping[str, str] | None = None,
     limit_s: float = 600.0,
 ) -> str:
-    """What the command printed. Raises SetUpError with both outputs where it failed."""
+    """What the command printed. Raises SetUpError with both outputs where it failed, or took
+    longer."""
     with subprocess.Popen(
         command,
         cwd=directory,
@@ -88,9 +114,11 @@ def run(
     ) as process:
         try:
             out, said = process.communicate(timeout=limit_s)
-        except BaseException:
+        except BaseException as error:
             # What it started goes with it: a build that nobody waits for takes the whole machine.
             os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise SetUpError(f"{' '.join(command)}\nnot done after {limit_s:.0f} s") from error
             raise
     if process.returncode != 0:
         raise SetUpError(f"{' '.join(command)}\n{out[-4000:]}{said[-4000:]}")

@@ -1,12 +1,10 @@
 """The containers of all tests of this folder: set up once, and nothing left behind."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.deploy.container_engine import Engine, container_engine
+from tests.deploy.container_engine import Engine, container_engine, default_cache
 from tests.deploy.stack import Stack, build_images, running_stack
 from tests.left_out import leave_out
 
@@ -22,8 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    with container_engine(Path(root) / "baton" / "containers") as running:
+    with container_engine(default_cache()) as running:
         build_images(running)
         yield running
 

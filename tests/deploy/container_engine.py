@@ -5,6 +5,8 @@ packages are installed, a daemon is started with a data root of its own and ende
 buildx come from the packages of Debian 13, whose programs run on Debian 12, too. Base images that
 no registry within reach serves are made from Debian packages, under the public names that
 deploy/Dockerfile and deploy/compose.yaml use.
+
+Usage: python -m tests.deploy.container_engine (gets all that, and runs one container)
 """
 
 import contextlib
@@ -13,21 +15,24 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.debian import apart, install, mirror, run
+from tests.debian import PATIENT, SetUpError, apart, install, mirror, run, set_up
 
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
 PLUGINS = ("docker-compose", "docker-buildx")
 START_LIMIT_S = 60.0
+PULL_LIMIT_S = 180.0
+"""After which a registry counts as out of reach."""
 SLIMMED = ("doc", "groff", "info", "lintian", "locale", "man")
 """Folders of /usr/share that slim images leave out."""
 
 
-class EngineError(Exception):
+class EngineError(SetUpError):
     """No containers can run here; says what was tried and what is missing."""
 
 
@@ -46,15 +51,19 @@ class Engine:
         more: Mapping[str, str] | None = None,
     ) -> str:
         """Runs `docker`; what it printed. Raises EngineError with both outputs where it failed."""
-        done = subprocess.run(
-            ["docker", *arguments],
-            env={**os.environ, **self.environment, **(more or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                ["docker", *arguments],
+                env={**os.environ, **self.environment, **(more or {})},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=limit_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            what = f"docker {' '.join(arguments)}"
+            raise EngineError(f"{what}\nnot done after {limit_s:.0f} s") from error
         if check and done.returncode != 0:
             raise EngineError(f"docker {' '.join(arguments)}\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
@@ -129,7 +138,11 @@ def _daemon(directory: Path) -> Iterator[Engine]:
         yield engine
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=60)
 
 
 def _mtu() -> int:
@@ -159,8 +172,8 @@ def _download_plugins(directory: Path) -> None:
     """Signed packages of Debian 13, unpacked and not installed."""
     apt = directory / "apt"
     options = apart(apt, "deb {} trixie main")
-    run("apt-get", *options, "update", "-qq")
-    run("apt-get", *options, "download", "-qq", *PLUGINS, directory=apt)
+    run("apt-get", *options, *PATIENT, "update")
+    run("apt-get", *options, *PATIENT, "download", *PLUGINS, directory=apt)
     plugins = directory / "cli-plugins"
     plugins.mkdir(parents=True, exist_ok=True)
     for name in PLUGINS:
@@ -175,8 +188,8 @@ def _python_image(engine: Engine, directory: Path) -> None:
     """The base of all images: pulled, or made from Debian packages under the same name."""
     if engine.has_image(PYTHON_IMAGE):
         return
-    with contextlib.suppress(EngineError, subprocess.TimeoutExpired):
-        engine.docker("pull", "--quiet", PYTHON_IMAGE, limit_s=300.0)
+    with contextlib.suppress(EngineError):
+        engine.docker("pull", "--quiet", PYTHON_IMAGE, limit_s=PULL_LIMIT_S)
         return
     install({"debootstrap": "debootstrap"})
     if directory.exists():
@@ -199,8 +212,8 @@ def stand_in(engine: Engine, name: str, *packages: str) -> None:
     """An image of that name: pulled, or the base with Debian packages where no registry has it."""
     if engine.has_image(name):
         return
-    with contextlib.suppress(EngineError, subprocess.TimeoutExpired):
-        engine.docker("pull", "--quiet", name, limit_s=300.0)
+    with contextlib.suppress(EngineError):
+        engine.docker("pull", "--quiet", name, limit_s=PULL_LIMIT_S)
         return
     recipe = (
         f"FROM {PYTHON_IMAGE}\nRUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive "
@@ -215,3 +228,20 @@ def stand_in(engine: Engine, name: str, *packages: str) -> None:
         timeout=600,
         check=True,
     )
+
+
+def default_cache() -> Path:
+    """Where what is downloaded and built stays unless told otherwise."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "baton" / "containers"
+
+
+def _try_it() -> str:
+    with container_engine(default_cache()) as engine:
+        engine.docker("run", "--rm", "--network", "none", PYTHON_IMAGE, "python3", "-c", "")
+        version = engine.docker("version", "--format", "{{.Server.Version}}")
+    return f"docker {version} runs containers"
+
+
+if __name__ == "__main__":
+    sys.exit(set_up(_try_it))

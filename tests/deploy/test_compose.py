@@ -77,7 +77,7 @@ def test_every_container_is_confined(stack: Stack) -> None:
 
 
 def test_health_checks_turn_healthy(stack: Stack) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     states: dict[str, str] = {}
     while time.monotonic() < deadline:
         states = {name: stack.inspect(name)["State"]["Health"]["Status"] for name in ADDRESSES}

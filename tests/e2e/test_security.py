@@ -37,6 +37,9 @@ PAGE = 16
 LENGTH = 800
 PROMPT = [5 + (i * 11) % 300 for i in range(5 * PAGE + 3)]
 TENANTS = ("ops", "acme", "other")
+REFUSED = re.compile(
+    r'^baton_worker_connections_refused_total\{door="grpc",.*\} (.*)$', re.MULTILINE
+)
 
 
 @dataclass
@@ -72,6 +75,14 @@ class Secured:
             if line.startswith(sample + " "):
                 return float(line.rpartition(" ")[2])
         return 0.0
+
+    def refused_by_workers(self) -> list[float]:
+        """Connections, by each worker that the router names as a target."""
+        context = ssl.create_default_context(cafile=str(self.parts.certificate))
+        groups = self.cluster.get("/metrics/targets").json()
+        urls = [f"https://{target}/metrics" for group in groups for target in group["targets"]]
+        texts = [httpx.get(url, verify=context, timeout=10.0).text for url in urls]
+        return [float(found[1]) if (found := REFUSED.search(t)) else 0.0 for t in texts]
 
 
 def shown(pair: Pair | None, trusted: Authority) -> Tls:
@@ -244,10 +255,9 @@ def test_strangers_are_refused_and_counted_while_a_stream_stays_exact(
         "a client's certificate": calls(shown(secured.visitor, parts)),
         "an expired certificate": calls(shown(late, parts)),
     }
-    inside = [
-        f"127.0.0.1:{secured.workers_port}",
-    ]
-    inside += [w["address"] for w in cluster.workers() if w["state"] == "ready"]
+    workers = [w["address"] for w in cluster.workers() if w["state"] == "ready"]
+    assert len(workers) == 3
+    inside = [f"127.0.0.1:{secured.workers_port}", *workers]
     with secured.client("acme") as client:
         stream = client.generate(PROMPT, max_tokens=LENGTH, temperature=0, ignore_eos=True)
         ids = [token.id for token in next(stream).tokens]
@@ -283,6 +293,10 @@ def test_strangers_are_refused_and_counted_while_a_stream_stays_exact(
         while secured.metric(sample) < count:
             assert time.monotonic() < deadline, f"{door}: {secured.metric(sample)}"
             time.sleep(0.2)
+    while min(counts := secured.refused_by_workers()) < len(outsiders):
+        assert time.monotonic() < deadline, f"workers: {counts}"
+        time.sleep(0.2)
+    assert len(counts) == len(workers)
     cluster.wait_until_balanced()
 
 

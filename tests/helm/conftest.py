@@ -1,11 +1,8 @@
 """Both Helms, found once."""
 
-import os
-from pathlib import Path
-
 import pytest
 
-from tests.helm.helms import Helm, Helm3, Helm4, find_helm3
+from tests.helm.helms import Helm, Helm3, Helm4, default_cache, find_helm3
 from tests.left_out import leave_out
 
 KUBERNETES = ("1.31", "1.34", "1.37")
@@ -18,8 +15,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def helm3() -> Helm3:
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Helm3(find_helm3(Path(root) / "baton"), kube_version=f"{KUBERNETES[0]}.0")
+    return Helm3(find_helm3(default_cache()), kube_version=f"{KUBERNETES[0]}.0")
 
 
 @pytest.fixture(scope="session", params=["helm3", "helm4"])

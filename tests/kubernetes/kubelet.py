@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import threading
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ class Kubelet:
     def _run(self) -> None:
         while not self._stopping.wait(PAUSE_S):
             try:
-                with contextlib.suppress(httpx.TransportError):
+                with away():
                     self._take(self.api.items("/api/v1/pods"))
                     self._write_hosts()
                 for run in self.pods.values():
@@ -192,6 +193,18 @@ class Kubelet:
             with self._hosts.open("r+") as hosts:
                 hosts.write(text)
                 hosts.truncate()
+
+
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """An API server that is away, or has only just come, changes nothing."""
+    try:
+        yield
+    except httpx.TransportError:
+        pass
+    except ApiError as error:
+        if error.status < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise
 
 
 def path(item: Object) -> str:

@@ -79,7 +79,7 @@ def test_helm_test_generates_through_the_pods_that_were_found(release: Release) 
 def test_every_router_finds_the_same_pods(release: Release) -> None:
     found = {at(run): "ready" for role in ("prefill", "decode") for run in release.pods(role)}
     assert len(found) == 3
-    assert both(release) == [found, found]
+    wait_for(lambda: both(release) == [found, found], "both routers list what runs")
 
 
 @pytest.mark.parametrize("role", ["router", "prefill", "decode"])

@@ -1,6 +1,8 @@
 """The chart through Helm against a real API server: every option, and one release's whole life."""
 
 import contextlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,7 +12,15 @@ from tests.helm.cases import ADD_ONS, CASES, NEEDS
 from tests.helm.helms import NAMESPACE, Helm3, HelmError, Manifest
 from tests.kubernetes.api import Object, wait_for
 from tests.kubernetes.conftest import Cluster
-from tests.kubernetes.releases import REVISION, ROLES, SMALL, Release, installed, merged
+from tests.kubernetes.releases import (
+    REVISION,
+    ROLES,
+    SMALL,
+    START_LIMIT_S,
+    Release,
+    installed,
+    merged,
+)
 from tests.kubernetes.streams import TOKENS, Streams
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
@@ -89,8 +99,8 @@ def _check_revisions(release: Release) -> None:
 
 
 def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Cluster) -> None:
-    # A role's old workers go this long after its new ones are Ready: by then both roles and their
-    # router are, or the old router would have nobody left.
+    # A role's old workers go this long after its new ones are Ready, both roles' at once: by then
+    # their router is, too, or the old one would have nobody left.
     slowly = {role: {"minReadySeconds": 20} for role in ("prefill", "decode")}
     with installed(cluster, "life", slowly, workers=2) as release:
         old = {run.name for role in ("router", "prefill", "decode") for run in release.pods(role)}
@@ -101,28 +111,42 @@ def test_a_release_is_installed_upgraded_under_load_and_uninstalled(cluster: Clu
         streams = Streams(release)
         changed = {"prefill": {"settings": {"page_size": 32}},
                    "decode": {"settings": {"page_size": 32}}}  # fmt: skip
+        kubelet = cluster.kubelet
+        kubelet.hold_new = True
         release.upgrade(merged(merged(SMALL, slowly), changed))
-        # The old generation finishes what it has; what comes meanwhile is served by either.
-        while streams.running:
-            _check_revisions(release)
-            assert expected.startswith(release.answer(8))
-        streams.check(expected)
+
+        def serves_until(reached: Callable[[], bool], says: str, limit_s: float) -> None:
+            """By either generation: the old one finishes what it has."""
+            deadline = time.monotonic() + limit_s
+            while not reached():
+                _check_revisions(release)
+                assert expected.startswith(release.answer(8))
+                assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {says}"
+
+        def started() -> bool:
+            runs = (run for role in ("prefill", "decode") for run in release.pods(role))
+            new = [run for run in runs if run.name not in old]
+            return len(new) == 2 and all(run.ready for run in new)
 
         def replaced() -> bool:
-            _check_revisions(release)
-            assert expected.startswith(release.answer(8))
-            names = {e.name for e in cluster.kubelet.ended}
-            return old <= names
+            return old <= {e.name for e in kubelet.ended}
 
-        wait_for(replaced, "the old generation is gone", limit_s=240.0)
+        serves_until(started, "the new workers have started", START_LIMIT_S)
+        kubelet.hold_new = False
+        kubelet.held.clear()
+        serves_until(lambda: not streams.running, "the streams have ended", 180.0)
+        streams.check(expected)
+        serves_until(replaced, "the old generation is gone", 240.0)
         release.wait_until_serving(workers=2)
         assert release.answer(TOKENS) == expected
         release.wait_until_balanced()
         assert "Succeeded" in release.helm("test", "--timeout", "3m")
         release.helm("uninstall")
         wait_for(lambda: not release.objects(), "nothing of it is left", limit_s=120.0)
-        wait_for(lambda: not cluster.kubelet.of_namespace("life"), "its processes have ended")
-        went = {e.name: e for e in cluster.kubelet.ended if e.name.startswith("life-")}
+        wait_for(
+            lambda: not kubelet.of_namespace("life"), "its processes have ended", limit_s=120.0
+        )
+        went = {e.name: e for e in kubelet.ended if e.name.startswith("life-")}
         servers = {name: e for name, e in went.items() if not name.endswith("-test")}
         assert len(servers) >= 6
         assert not [e for e in servers.values() if e.killed or any(e.exits.values())]

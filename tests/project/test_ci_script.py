@@ -28,9 +28,11 @@ def machine(checkout: Path, name: str, script: str) -> None:
     _script(checkout / "bin" / name, script)
 
 
-def kernel(checkout: Path, script: str) -> None:
-    """What `python -m tests.container_kernel` does there."""
-    _script(checkout / ".venv" / "bin" / "python", script)
+def kernel(checkout: Path, script: str, *, module: str = "tests.container_kernel") -> None:
+    """What `python -m MODULE` does there; all others have nothing to say."""
+    _script(
+        checkout / ".venv" / "bin" / "python", f'if [ "$2" = {module} ]; then {script}; fi; exit 0'
+    )
 
 
 def _script(path: Path, text: str) -> None:
@@ -103,3 +105,28 @@ def test_when_the_time_is_over_a_suite_is_interrupted_and_the_run_fails(checkout
     assert "interrupted: the time was over" in said
     assert "== make test-helm is left out: 0 of 0 minutes are over" in said
     assert "1 error in " in said.splitlines()[-1]
+
+
+def test_what_a_suite_needs_and_the_network_does_not_give_is_named(checkout: Path) -> None:
+    script = "echo much; echo apt-get update: no route to the archive; exit 75"
+    kernel(checkout, script, module="tests.kubernetes.build")
+    status, said = run(checkout)
+    assert status == 0
+    assert "== make test-k8s is left out: apt-get update: no route to the archive" in said
+    assert " 6 passed in " in said.splitlines()[-1]
+
+
+def test_what_takes_the_time_that_its_suite_needs_is_given_up_and_named(checkout: Path) -> None:
+    kernel(checkout, "sleep 30", module="tests.kubernetes.build")
+    status, said = run(checkout, limit_s=904)
+    assert status == 0
+    assert "left out: what it needs (tests.kubernetes.build) was not there after" in said
+    assert "== make test-compose is left out: 0 of 15 minutes are over" in said
+
+
+def test_a_set_up_that_breaks_is_its_suites_to_tell(checkout: Path) -> None:
+    kernel(checkout, "echo Traceback; exit 1", module="tests.deploy.container_engine")
+    status, said = run(checkout)
+    assert status == 0
+    assert "== make test-compose\n" in said
+    assert " 8 passed in " in said.splitlines()[-1]
