@@ -15,6 +15,9 @@ rm -rf aiohttp aiohttp_retry
 rm -rf hf_xet
 # Hundreds of languages to highlight; the tables of `baton ps` need one at most.
 rm -rf pygments/lexers/__pycache__ pygments/styles/__pycache__
+find pygments/lexers -name '*.py' ! -name __init__.py ! -name _mapping.py ! -name python.py -delete
+# What type checkers read.
+find . -name '*.pyi' -delete
 # Debugging symbols.
 find . -name '*.so' -size +1M -exec strip --strip-unneeded {} +
 # Sources of compiled modules, and tests.

@@ -17,9 +17,10 @@ PACKAGES = {"ip": "iproute2", "iptables": "iptables", "unshare": "util-linux"}
 
 TRIALS = {
     "name spaces of their own (mount, network, process, IPC, host name)": "true",
-    "overlay file systems": (
-        "mount -t tmpfs tmpfs /mnt && cd /mnt && mkdir below above work seen && "
-        "mount -t overlay overlay -o lowerdir=below,upperdir=above,workdir=work seen"
+    "overlay file systems over the root (which may be one itself)": (
+        "mount -t tmpfs tmpfs /mnt && cd /mnt && mkdir above work seen && "
+        "mount -t overlay overlay -o lowerdir=/,upperdir=above,workdir=work seen && "
+        "test -d seen/etc && touch seen/etc/trial"
     ),
     "bridges and virtual network interfaces": (
         "ip link add trial type bridge && ip link add one type veth peer name two && "

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from tests.debian import PATIENT, SetUpError, apart, install, mirror, run, set_u
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
 PLUGINS = ("docker-compose", "docker-buildx")
 START_LIMIT_S = 60.0
+PAUSE_S = 10.0
 PULL_LIMIT_S = 180.0
 """After which a registry counts as out of reach."""
+REACH_INDEX = "import socket; socket.create_connection(('pypi.org', 443), 20).close()"
 SLIMMED = ("doc", "groff", "info", "lintian", "locale", "man")
 """Folders of /usr/share that slim images leave out."""
 
@@ -49,13 +51,15 @@ class Engine:
         limit_s: float = 120.0,
         check: bool = True,
         more: Mapping[str, str] | None = None,
+        given: str = "",
     ) -> str:
-        """Runs `docker`; what it printed. Raises EngineError with both outputs where it failed."""
+        """Runs `docker` with `given` as its input; what it printed. Raises EngineError with both
+        outputs where it failed, or took longer."""
         try:
             done = subprocess.run(
                 ["docker", *arguments],
                 env={**os.environ, **self.environment, **(more or {})},
-                stdin=subprocess.DEVNULL,
+                input=given,
                 capture_output=True,
                 text=True,
                 timeout=limit_s,
@@ -219,15 +223,20 @@ def stand_in(engine: Engine, name: str, *packages: str) -> None:
         f"FROM {PYTHON_IMAGE}\nRUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive "
         f"apt-get install -y -qq --no-install-recommends {' '.join(packages)} >/dev/null\n"
     )
-    subprocess.run(
-        ["docker", "build", "--quiet", "--tag", name, "-"],
-        env={**os.environ, **engine.environment},
-        input=recipe,
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=True,
-    )
+
+    def build() -> None:
+        engine.docker("build", "--quiet", "--tag", name, "-", limit_s=600.0, given=recipe)
+
+    twice(build)
+
+
+def twice(build: Callable[[], object]) -> None:
+    """A registry may fail for a moment, and all tests would miss what it gives."""
+    try:
+        build()
+    except EngineError:
+        time.sleep(PAUSE_S)
+        build()
 
 
 def default_cache() -> Path:
@@ -238,9 +247,11 @@ def default_cache() -> Path:
 
 def _try_it() -> str:
     with container_engine(default_cache()) as engine:
-        engine.docker("run", "--rm", "--network", "none", PYTHON_IMAGE, "python3", "-c", "")
+        # What the images' builds do: over the engine's own bridge, to the package index.
+        command = ("run", "--rm", PYTHON_IMAGE, "python3", "-c", REACH_INDEX)
+        twice(lambda: engine.docker(*command))
         version = engine.docker("version", "--format", "{{.Server.Version}}")
-    return f"docker {version} runs containers"
+    return f"docker {version} runs containers, which reach the package index"
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.deploy.container_engine import Engine, EngineError, stand_in
+from tests.deploy.container_engine import Engine, EngineError, stand_in, twice
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
@@ -35,7 +36,7 @@ REDIS_IMAGE = "redis:7.4.2-bookworm"
 SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 """Where systems keep the authorities they trust: a build behind a proxy needs the proxy's."""
 
-UP_LIMIT_S = 300.0
+UP_LIMIT_S = 400.0
 PAUSE_TRIES = 5
 MOST_RESTARTS = 3
 """Ends of one container, without a test's doing, after which it will never serve."""
@@ -193,7 +194,7 @@ def build_images(engine: Engine) -> None:
     _fetch_torch()
     stand_in(engine, REDIS_IMAGE, "redis-server", "redis-tools")
     for service in ("router", "prefill-1"):
-        project.compose("build", service, limit_s=BUILD_LIMIT_S)
+        twice(partial(project.compose, "build", service, limit_s=BUILD_LIMIT_S))
 
 
 def _fetch_torch() -> None:
@@ -225,7 +226,7 @@ def settings(http_port: int, grpc_port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_stack(engine: Engine) -> Iterator[Stack]:
-    """`docker compose up` of images that are built, and down with volumes at the end."""
+    """The documented `docker compose up`, and down with volumes at the end."""
     http_port, grpc_port = free_port(), free_port()
     stack = Stack(
         engine,
@@ -235,7 +236,8 @@ def running_stack(engine: Engine) -> Iterator[Stack]:
     )
     stack.compose("down", "--volumes", "--timeout", "1")
     try:
-        stack.compose("up", "--no-build", "--detach", limit_s=UP_LIMIT_S)
+        # As documented: the images are built before, and so in the cache.
+        stack.compose("up", "--build", "--wait", limit_s=UP_LIMIT_S)
         stack.wait_until_whole()
         yield stack
     finally:

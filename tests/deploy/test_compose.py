@@ -1,5 +1,6 @@
 """deploy/compose.yaml and its images, with real containers and clients from outside."""
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from baton import Client
 from tests.deploy.container_engine import Engine
-from tests.deploy.stack import ADDRESSES, Stack
+from tests.deploy.stack import ADDRESSES, COMPOSE, Stack, settings
 from tests.deploy.traffic import PROMPT, TOKENS, Traffic, check_exact_or_typed
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1800)]
@@ -62,6 +63,20 @@ def test_a_worker_in_the_router_image_says_what_is_missing(engine: Engine) -> No
     )
     assert "needs torch" in said
     assert said.endswith("status 2")
+
+
+@pytest.mark.parametrize("overrides", [["gpu"], ["tls", "keys"], ["gpu", "tls", "keys"]])
+def test_compose_takes_every_override_and_the_profile(engine: Engine, overrides: list[str]) -> None:
+    files = (COMPOSE, *(COMPOSE.with_name(f"compose.{name}.yaml") for name in overrides))
+    given = settings(0, 0) | {"TLS_DIR": "/tls", "KEYS_DIR": "/keys"}
+    stack = Stack(engine, given, http="", grpc="", files=files)
+    merged = json.loads(stack.compose("--profile", "observability", "config", "--format", "json"))
+    services = merged["services"]
+    assert {*ADDRESSES, "prometheus", "grafana"} <= services.keys()
+    workers = [services[name] for name in ADDRESSES if name[:-2] in ("prefill", "decode")]
+    assert all(
+        ("devices" in str(worker.get("deploy"))) == ("gpu" in overrides) for worker in workers
+    )
 
 
 # ---- the deployment ------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -31,7 +34,7 @@ ELSEWHERE = {
     "kubectl": "make test-k8s",
     "pip": "tests/project/test_packaging.py",
     "apt-get": ".ci/run installs the packages",
-    "openssl": "the certificates of tests are made by a library",
+    "openssl": "run below, all in one directory",
     "git": "clones what the reader has",
     "cd": "has no effect of its own",
     "export": "has no effect of its own",
@@ -110,6 +113,26 @@ def test_a_documented_command_is_one_that_exists(command: Command) -> None:
     for word in command.words[1:]:
         if re.fullmatch(r"(?:deploy|helm|docs|bench|tools|tests)/[\w./-]+", word):
             assert (ROOT / word).exists(), f"{word} does not exist"
+
+
+def test_parts_with_the_documented_certificates_know_each_other(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    for command in ALL:
+        if command.name == "openssl":
+            subprocess.run(command.words, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    authority = str(tmp_path / "parts-ca.pem")
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=authority)
+    server.verify_mode = ssl.CERT_REQUIRED
+    client = ssl.create_default_context(cafile=authority)
+    for context in (server, client):
+        context.load_cert_chain(tmp_path / "part.pem", tmp_path / "part-key.pem")
+    for name in ("baton-part", "127.0.0.1"):
+        here, there = socket.socketpair()
+        with ThreadPoolExecutor(1) as pool:
+            accepted = pool.submit(server.wrap_socket, here, server_side=True)
+            with client.wrap_socket(there, server_hostname=name), accepted.result(10) as peer:
+                assert peer.getpeercert()
 
 
 def read_settings(words: tuple[str, ...]) -> None:
