@@ -128,16 +128,7 @@ class AsyncClient:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
             TypeError: an option that there is none of.
         """
-        request = build_request(prompt, options)
-        lost = self._is_lost()
-        call = self._stub.Generate(
-            request,
-            timeout=self._timeout(timeout),
-            wait_for_ready=lost or None,
-            metadata=self._metadata,
-        )
-        wait = functools.partial(self._connected, timeout) if lost else None
-        return AsyncTokenStream(call, request.request_id, wait)
+        return self._generate(build_request(prompt, options), timeout)
 
     async def complete(
         self,
@@ -152,7 +143,8 @@ class AsyncClient:
             RequestError: the router refused or lost the request.
         """
         collector = Collector()
-        async with self.generate(prompt, timeout=timeout, **options) as stream:
+        request = build_request(prompt, options, whole=True)
+        async with self._generate(request, timeout) as stream:
             async for chunk in stream:
                 collector.add(chunk)
         return collector.completion()
@@ -201,6 +193,19 @@ class AsyncClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def _generate(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> AsyncTokenStream:
+        lost = self._is_lost()
+        call = self._stub.Generate(
+            request,
+            timeout=self._timeout(timeout),
+            wait_for_ready=lost or None,
+            metadata=self._metadata,
+        )
+        wait = functools.partial(self._connected, timeout) if lost else None
+        return AsyncTokenStream(call, request.request_id, wait)
 
     async def _call(
         self, method: Any, request: Any, timeout: float | None, request_id: str = ""

@@ -116,9 +116,7 @@ class Client:
             InvalidRequest: a value that cannot be sent. All else is raised by the stream.
             TypeError: an option that there is none of.
         """
-        request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout), metadata=self._metadata)
-        return TokenStream(call, request.request_id, self._failed)
+        return self._generate(build_request(prompt, options), timeout)
 
     def complete(
         self,
@@ -133,7 +131,8 @@ class Client:
             RequestError: the router refused or lost the request.
         """
         collector = Collector()
-        with self.generate(prompt, timeout=timeout, **options) as stream:
+        request = build_request(prompt, options, whole=True)
+        with self._generate(request, timeout) as stream:
             for chunk in stream:
                 collector.add(chunk)
         return collector.completion()
@@ -200,6 +199,12 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _generate(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> TokenStream:
+        call = self._stub.Generate(request, timeout=self._timeout(timeout), metadata=self._metadata)
+        return TokenStream(call, request.request_id, self._failed)
 
     def _failed(self, error: grpc.RpcError, request_id: str = "") -> RequestError:
         failure = error_from_call(error, request_id=request_id)

@@ -91,9 +91,10 @@ class RequestOptions(TypedDict, total=False):
 
 
 def build_request(
-    prompt: str | Sequence[int], options: RequestOptions
+    prompt: str | Sequence[int], options: RequestOptions, *, whole: bool = False
 ) -> inference_pb2.GenerateRequest:
-    """The wire form of a request.
+    """The wire form of a request. `whole`: nothing is looked at before the output's end, so that it
+    need not come token by token.
 
     Raises:
         InvalidRequest: a value that the wire cannot carry (a negative token id, say). Everything
@@ -132,6 +133,7 @@ def build_request(
             sampling=sampling,
             priority=options.get("priority"),
             cache_salt=options.get("cache_salt", ""),
+            whole=whole,
         )
         if isinstance(prompt, str):
             request.text = prompt

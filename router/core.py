@@ -129,6 +129,7 @@ class Router:
                 deadline=arrived_at + self._timeout_s(spec),
                 stop=_stop(spec, codec),
                 skip_special_tokens=spec.skip_special_tokens is not False,
+                whole=spec.whole,
                 traceparent=trace.traceparent if trace else spec.arrival.traceparent,
             )
             journey = Journey(

@@ -87,6 +87,9 @@ class Journey:
         """Their peers where KV did not get from one to the other: a survivor's word often comes
         before the dead one's session ends. Left out where there is a choice."""
         self._event = asyncio.Event()
+        self._at_least = max(1, config.max_buffered_tokens // 2) if request.whole else 1
+        """Tokens that make a delta before the end: each delta costs the door, the connection and
+        the client the same, whether it holds one token or thousands."""
         self._closed = False
         self._delivered = False
         self._timer = asyncio.get_running_loop().call_later(
@@ -96,7 +99,8 @@ class Journey:
     # ---- for the doors --------------------------------------------------------------------------
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The output as it becomes ready; a slow reader gets more tokens at a time.
+        """The output as it becomes ready, or whole where the request says so; a slow reader gets more
+        tokens at a time.
 
         Raises:
             BatonError: the request failed; what was given out before stands.
@@ -284,7 +288,7 @@ class Journey:
             limit = self._config.max_buffered_tokens
             message = f"its reader fell more than {limit} tokens behind"
             self.fail(self._named(ErrorCode.RESOURCE_EXHAUSTED, message))
-        if ready or self._output.ended:
+        if self._output.ended or (ready and self._output.waiting >= self._at_least):
             self._event.set()
 
     def on_failed(self, link: WorkerLink, failed: worker_pb2.WorkFailed) -> None:
@@ -327,6 +331,8 @@ class Journey:
             self._on_tokens(now - before, ready)
 
     def _take(self) -> Delta | None:
+        if not self._over and self._output.waiting < self._at_least:
+            return None
         delta = self._output.take()
         if delta is not None and delta.last:
             self.outcome, self._delivered = delta.finish_name, True

@@ -67,6 +67,8 @@ class RequestSpec:
     """Texts that end the output; found by the router."""
     skip_special_tokens: bool | None = None
     """Absent: true."""
+    whole: bool = False
+    """Nobody looks at the output before its end."""
     priority: int = 0
     timeout_s: float | None = None
     """The client's own deadline."""
@@ -95,6 +97,8 @@ class GenerationRequest:
     """Texts that end the output."""
     skip_special_tokens: bool = True
     """Special tokens have no text."""
+    whole: bool = False
+    """Tokens leave together, at the end, as far as the bound on waiting ones allows."""
     traceparent: str = ""
     """W3C trace context that workers are told; empty: none."""
 

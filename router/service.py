@@ -197,6 +197,7 @@ def spec_of(
         skip_special_tokens=(
             sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else None
         ),
+        whole=request.whole,
         priority=request.priority,
         timeout_s=timeout_s,
         arrival=arrival or Arrival(),

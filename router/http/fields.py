@@ -245,6 +245,7 @@ class GenerationFields(Strict):
             raise invalid("stream_options is only allowed with stream: true", "stream_options")
         return RequestSpec(
             model=self.model or "",
+            whole=not self.stream,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

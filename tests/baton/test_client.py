@@ -42,6 +42,14 @@ def test_a_completion_joins_its_stream(client: baton.Client) -> None:
     )
 
 
+def test_only_a_completion_is_asked_for_whole(
+    client: baton.Client, inference: ScriptedInference
+) -> None:
+    client.complete("a")
+    list(client.generate("a"))
+    assert [request.whole for request in inference.requests] == [True, False]
+
+
 def test_what_the_caller_leaves_out_stays_absent(
     client: baton.Client, inference: ScriptedInference
 ) -> None:
@@ -160,9 +168,12 @@ async def test_the_asyncio_client_streams(address: str) -> None:
         assert "".join([chunk.text async for chunk in stream]) == "Hi"
 
 
-async def test_the_asyncio_client_completes_and_lists(address: str) -> None:
+async def test_the_asyncio_client_completes_and_lists(
+    address: str, inference: ScriptedInference
+) -> None:
     async with baton.AsyncClient(address) as client:
         assert (await client.complete([72, 105])).text == "Hi"
+        assert inference.requests[-1].whole
         assert [model.id for model in await client.models()] == ["echo"]
         assert len((await client.server_info()).workers) == 2
         assert await client.abort("live") is True

@@ -35,7 +35,7 @@ def test_every_field_of_the_contract_is_an_option() -> None:
     sampling = {field.name for field in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     request = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
     assert sampling == set(SAMPLING) | {"grammar"}
-    assert request - {"text", "token_ids", "sampling"} == set(REQUEST)
+    assert request - {"text", "token_ids", "sampling", "whole"} == set(REQUEST)
     grammars = {field.name for field in inference_pb2.Grammar.DESCRIPTOR.fields}
     assert set(get_type_hints(RequestOptions)) == set(SAMPLING) | set(REQUEST) | grammars
 
@@ -64,6 +64,11 @@ def test_a_grammar_arrives_as_its_kind(options: Any, kind: str, text: str) -> No
     grammar = build_request("text", options).sampling.grammar
     assert grammar.WhichOneof("kind") == kind
     assert getattr(grammar, kind) == text
+
+
+def test_whether_it_is_wanted_whole_is_said_by_the_call_not_by_an_option() -> None:
+    assert not build_request([1], {}).whole
+    assert build_request([1], {}, whole=True).whole
 
 
 def test_options_left_out_are_absent() -> None:

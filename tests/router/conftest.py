@@ -169,11 +169,17 @@ class Result:
 
 
 def request(
-    prompt: list[int] | str | None = None, *, request_id: str = "", model: str = "", **sampling: Any
+    prompt: list[int] | str | None = None,
+    *,
+    request_id: str = "",
+    model: str = "",
+    whole: bool = False,
+    **sampling: Any,
 ) -> inference_pb2.GenerateRequest:
     made = inference_pb2.GenerateRequest(
         request_id=request_id,
         model=model,
+        whole=whole,
         sampling=inference_pb2.SamplingParams(**{"seed": 0, **sampling}),
     )
     if isinstance(prompt, str):
