@@ -12,7 +12,9 @@ from baton.config import Scalar, fill
 from baton.errors import Unavailable
 
 PROMPT = "> "
-HELP = "/reset forgets the conversation; Ctrl-C stops an answer; Ctrl-D leaves"
+HELP = "/reset forgets the conversation; Ctrl-C stops an answer; Ctrl-D or /exit leaves"
+LEAVE = ("/exit", "/quit", "/bye")
+"""As other chats in terminals call it."""
 DATA, DONE = "data:", "[DONE]"
 
 
@@ -165,6 +167,10 @@ def run_chat(given: dict[str, Scalar]) -> int:
             if text == "/reset":
                 conversation.reset()
                 print("forgotten", file=sys.stderr)
+            elif text in LEAVE:
+                return 0
+            elif text == "/help":
+                print(HELP, file=sys.stderr)
             elif text.startswith("/"):
                 print(f"no such command: {text.split()[0]}; {HELP}", file=sys.stderr)
             elif text:

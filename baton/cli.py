@@ -283,7 +283,7 @@ cli.add_command(
         run_chat,
         ChatConfig,
         ClientAccess,
-        help="A chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /reset forgets.",
+        help="A chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.",
     )
 )
 cli.add_command(

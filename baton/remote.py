@@ -8,7 +8,7 @@ from baton.client import Client
 from baton.client_access import ClientAccess
 from baton.config import Scalar, SettingsError, fill
 from baton.options import RequestOptions
-from baton.tables import journey_table, show, workers_table
+from baton.tables import journey_table, narrower_workers_tables, show, workers_table
 from baton.watch import watch_workers
 
 
@@ -155,5 +155,6 @@ def run_ps(given: dict[str, Scalar]) -> int:
         if config.watch:
             watch_workers(client, interval_s=config.interval_s, timeout_s=config.timeout_s)
         else:
-            show(workers_table(client.server_info(timeout=config.timeout_s)))
+            info = client.server_info(timeout=config.timeout_s)
+            show(workers_table(info), *narrower_workers_tables(info))
     return 0

@@ -1,8 +1,8 @@
 """Tables for people: a request's journey, a router's workers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from baton.messages import Report, ServerInfo, Usage, Worker
@@ -11,6 +11,28 @@ from router.api_keys import LIMITS, ApiKey
 
 TTFT_PARTS = ("admission", "reserve", "queue", "prefill", "network")
 HANDOVER_PARTS = ("transfer_tail", "verify", "join", "first_decode_step", "handover_network")
+COUNTS = ("running", "waiting", "free", "cached", "held", "in use", "pages")
+WORKER_COLUMNS = (
+    *("worker", "role", "state", "address", "pid", "engine", "transports"),
+    *COUNTS,
+    "why",
+)
+LEAST_TOLD = (
+    "engine",
+    "pid",
+    "transports",
+    "role",
+    "address",
+    "held",
+    "cached",
+    "free",
+    "in use",
+    "pages",
+)
+"""Columns of workers, those first that a narrow terminal misses least; a worker's id begins with
+its role."""
+WHY_WIDTH = 24
+"""A longer reason is wrapped."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -55,33 +77,46 @@ def keys_table(keys: Sequence[ApiKey]) -> Table:
     return table
 
 
-def workers_table(info: ServerInfo) -> Table:
-    """A router's workers, one a row."""
+def workers_table(info: ServerInfo, *, without: Collection[str] = ()) -> Table:
+    """A router's workers, one a row; `without`: columns to leave out."""
     table = Table(title=f"baton {info.version}, protocol {info.protocol_version}, {source(info)}")
-    for heading in ("worker", "role", "state", "address", "pid", "engine", "transports"):
-        table.add_column(heading)
-    for heading in ("running", "waiting", "free", "cached", "held", "in use", "pages"):
-        table.add_column(heading, justify="right")
-    unwell = any(why(worker) for worker in info.workers)
-    if unwell:
-        table.add_column("why")
-    for worker in info.workers:
-        pages = worker.pages
-        table.add_row(
-            worker.id,
-            worker.role,
-            worker.state,
-            worker.address,
-            str(worker.pid),
-            " ".join(map(str, worker.engine_pids)),
-            " ".join(worker.transports),
-            str(worker.running),
-            str(worker.waiting),
-            *(str(pages[count]) for count in ("free", "cached", "held", "in_use", "total")),
-            *([why(worker)] if unwell else []),
-        )
+    rows = [_told_of(worker) for worker in info.workers]
+    left_out = {*without, *(() if any(map(why, info.workers)) else ("why",))}
+    headings = [heading for heading in WORKER_COLUMNS if heading not in left_out]
+    for heading in headings:
+        justify: JustifyMethod = "right" if heading in COUNTS else "left"
+        widest = WHY_WIDTH if heading == "why" else None
+        table.add_column(heading, justify=justify, max_width=widest)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
     table.caption = info.registry.problem or None
     return table
+
+
+def _told_of(worker: Worker) -> dict[str, str]:
+    pages = worker.pages
+    return {
+        "worker": worker.id,
+        "role": worker.role,
+        "state": worker.state,
+        "address": worker.address,
+        "pid": str(worker.pid),
+        "engine": " ".join(map(str, worker.engine_pids)),
+        "transports": " ".join(worker.transports),
+        "running": str(worker.running),
+        "waiting": str(worker.waiting),
+        "free": str(pages["free"]),
+        "cached": str(pages["cached"]),
+        "held": str(pages["held"]),
+        "in use": str(pages["in_use"]),
+        "pages": str(pages["total"]),
+        "why": why(worker),
+    }
+
+
+def narrower_workers_tables(info: ServerInfo) -> list[Table]:
+    """The same for terminals that are not wide enough: what tells least is left out first."""
+    return [workers_table(info, without=LEAST_TOLD[: n + 1]) for n in range(len(LEAST_TOLD))]
 
 
 def doctor_table(reports: Sequence[worker_pb2.ProbeReport]) -> Table:
@@ -134,9 +169,19 @@ def byte_size(count: int) -> str:
     return f"{count:,} bytes" if unit == 0 else f"{size:.1f} {UNITS[unit]} ({count:,} bytes)"
 
 
-def show(table: Table, *, stderr: bool = False) -> None:
-    """Prints a table; into a pipe or file, wide enough that no cell is cut."""
+def show(table: Table, *narrower: Table, stderr: bool = False) -> None:
+    """Prints a table; into a pipe or file, wide enough that no cell is cut. On a terminal that is
+    not wide enough for it, the first of `narrower` that fits."""
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console = Console(stderr=stderr, width=200)
-    console.print(table)
+    console.print(fitting(console, table, *narrower))
+
+
+def fitting(console: Console, *tables: Table) -> Table:
+    """The first table that fits without a cell being cut, else the last."""
+    unbounded = console.options.update(max_width=1000)
+    for table in tables:
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            return table
+    return tables[-1]

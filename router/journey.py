@@ -99,8 +99,8 @@ class Journey:
     # ---- for the doors --------------------------------------------------------------------------
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The output as it becomes ready, or whole where the request says so; a slow reader gets more
-        tokens at a time.
+        """The output as it becomes ready, or whole where that was asked for; a slow reader gets
+        more tokens at a time.
 
         Raises:
             BatonError: the request failed; what was given out before stands.

@@ -125,6 +125,7 @@ class ModelCard(Shape):
     created: int
     owned_by: str
     max_model_len: int
+    vocab_size: int
 
 
 class ModelList(Shape):

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from observability.sheet import CONTENT_TYPE
 from protos.baton.v1 import inference_pb2
 from router.core import Router, version
+from router.fleet import ModelFacts
 from router.http import answer_schema
 from router.http.chat import create_chat_completion
 from router.http.chat_request import ChatRequest
@@ -100,7 +101,7 @@ def _add_models(app: FastAPI, router: Router) -> None:
     async def models() -> Response:
         """The models served."""
         model = router.fleet.model()
-        cards = [] if model is None else [_card(router, model.name, model.context_length)]
+        cards = [] if model is None else [_card(router, model)]
         return json_response({"object": "list", "data": cards})
 
     @app.get(
@@ -111,7 +112,7 @@ def _add_models(app: FastAPI, router: Router) -> None:
     async def model(name: str) -> Response:
         """One model."""
         facts = router.model(name)
-        return json_response(_card(router, facts.name, facts.context_length))
+        return json_response(_card(router, facts))
 
 
 def _add_operations(app: FastAPI, router: Router) -> None:
@@ -217,11 +218,12 @@ def worker_object(record: WorkerRecord) -> dict[str, Any]:
     }
 
 
-def _card(router: Router, name: str, context_length: int) -> dict[str, Any]:
+def _card(router: Router, model: ModelFacts) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": model.name,
         "object": "model",
         "created": int(router.started_at),
         "owned_by": "baton",
-        "max_model_len": context_length,
+        "max_model_len": model.context_length,
+        "vocab_size": model.vocab_size,
     }

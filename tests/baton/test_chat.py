@@ -100,6 +100,18 @@ def test_the_conversation_is_kept_and_reset(
     ]
 
 
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
+def test_a_word_leaves_and_help_is_told(
+    server: ChatServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    word: str,
+) -> None:
+    assert talk(server, monkeypatch, f"/help\n{word}\nnot said\n") == 0
+    assert not server.bodies
+    assert "/reset forgets" in capsys.readouterr().err.splitlines()[1]
+
+
 @pytest.mark.parametrize(
     ("said", "message"), [("refuse", "come back later"), ("cut", "the answer was cut off")]
 )

@@ -137,8 +137,7 @@ def test_bench_drives_both_doors_with_the_same_requests(tiny: Cluster, tmp_path:
     seen: list[list[tuple[int, int]]] = []
     for name, url in (("grpc", f"grpc://{tiny.grpc}"), ("http", tiny.http)):
         target = tmp_path / f"{name}.json"
-        extra = ["--vocab-size", "8192"] if name == "http" else []
-        assert main(["bench", "--url", url, "--json", str(target), *flags, *extra]) == 0
+        assert main(["bench", "--url", url, "--json", str(target), *flags]) == 0
         document = json.loads(target.read_text())
         figures = document["figures"]
         assert (figures["sent"], figures["failed"]) == (8, 0), figures["error_details"]
@@ -209,7 +208,7 @@ def test_everything_works_over_mutual_tls(tmp_path: Path) -> None:
         trusted += ["--tls-client-cert", str(visitor.certificate)]
         trusted += ["--tls-client-key", str(visitor.key)]
         load = ["--concurrency", "1", "--requests", "2", "--input-length", "8"]
-        load += ["--output-length", "4", "--vocab-size", "8192"]
+        load += ["--output-length", "4"]
         for url in (f"grpcs://{grpc}", f"https://{http}"):
             assert main(["bench", "--url", url, *load, *trusted]) == 0
         with pytest.raises(baton.Unavailable), baton.Client(grpc) as client:

@@ -1,4 +1,4 @@
-"""An output that nobody looks at before its end: the same tokens, in as few messages as the bounds allow."""
+"""An output that nobody looks at before its end: the same tokens, in few messages."""
 
 from typing import Any
 
