@@ -1,17 +1,20 @@
 """Baton beside `transformers` on this machine's CPU: output tokens a second, in one run.
 
 The same weights (fp32), the same prompts as token ids, greedy, the same number of new tokens, the
-same cores and threads. One round measures each engine in turn, so that whatever else the machine
-does is felt by all; ratios are taken within a round, and the median round is shown, with the least
-and the greatest. Beside it stand the milliseconds of CPU time that a token took, of all processes
-of the engine (not of the client that asks Baton): they vary less where others use the machine, too.
+same cores; each takes the threads that it takes by itself (Baton's engines share the cores: two of
+them with all cores each would only be in each other's way) unless --threads says otherwise. One
+round measures each engine in turn, so that whatever else the machine does is felt by all; ratios
+are taken within a round, and the median round is shown, with the least and the greatest. Beside it
+stand the milliseconds of CPU time that a token took, of all processes of the engine (not of the
+client that asks Baton): they vary less where others use the machine, too.
 
-    python bench/cpu_compare.py                    # models/baton-tiny, all cores
+    python bench/cpu_compare.py                    # models/baton-tiny
     python bench/cpu_compare.py --threads 1 --rounds 5 --json result.json
 
 `transformers` runs in this process, without any server: `generate` with its KV cache (at 16 as one
 padded batch, its best case) and `generate_batch`, its continuous batching. Baton is asked over
-gRPC, through router, prefill, KV transfer and decode, one stream a request.
+gRPC, through router, prefill, KV transfer and decode, one call a request, for whole answers, as
+`generate` gives them.
 """
 
 import argparse
@@ -205,8 +208,7 @@ def table(results: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "baton-tiny")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)),
-                        help="CPU threads of each engine process")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads of each engine process")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flags", default="", help="further flags of `baton up`")
@@ -214,10 +216,12 @@ def main() -> int:
     arguments = parser.parse_args()
     # So that `finally` also stops Baton when this is ended from outside.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    torch.set_num_threads(arguments.threads)
+    flags = arguments.flags.split()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        flags += ["--threads", str(arguments.threads)]
     transformers = Transformers(arguments.model, arguments.new_tokens)
     with tempfile.TemporaryDirectory() as directory:
-        flags = ["--threads", str(arguments.threads), *arguments.flags.split()]
         baton = Baton(arguments.model, arguments.new_tokens, flags, Path(directory) / "up.log")
         try:
             engines: dict[str, Engine] = {
