@@ -74,11 +74,16 @@ class FlashInferAttention:
 
     def for_graph(self, buffers: TableBuffers, rows: int) -> "FlashInferGraphAttention":
         """Decode of `rows` requests, whose plan lies at fixed addresses."""
+        # The library cuts requests into parts until there are two programs for each multiprocessor:
+        # with so many requests none, however long it is.
+        device = torch.cuda.get_device_properties(self._pool.device)
+        if rows * self._config.num_kv_heads > 2 * device.multi_processor_count:
+            return WholeRequestsGraphAttention(self, buffers, rows)
         return FlashInferGraphAttention(self, buffers, rows)
 
-    def plan_decode(self, wrapper: Any, pages: PageTable) -> None:
+    def plan_decode(self, wrapper: Any, pages: PageTable, **settings: Any) -> None:
         """Plans any decode wrapper: one query token a request."""
-        self._plan(wrapper, *_arrays(pages), head_dim=self._config.head_dim)
+        self._plan(wrapper, *_arrays(pages), head_dim=self._config.head_dim, **settings)
 
     def run_with(self, wrapper: Any, layer: int, q: torch.Tensor) -> torch.Tensor:
         """`run` with a wrapper of the caller's."""
@@ -126,6 +131,42 @@ class FlashInferGraphAttention:
 
     def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return self._shared.run_with(self._wrapper, layer, q)
+
+
+class WholeRequestsGraphAttention(FlashInferGraphAttention):
+    """As FlashInferGraphAttention, for so many requests that none is split.
+
+    In its mode for graphs the library writes partial results in float32 and merges them in a kernel
+    of its own even then. In its other mode a plan for whole requests has one program for each of
+    them, whatever their lengths, so it is as fit for a graph; only its page table has to be kept at
+    addresses that stay.
+    """
+
+    def __init__(self, shared: FlashInferAttention, buffers: TableBuffers, rows: int) -> None:
+        self._shared = shared
+        self._buffers = buffers
+        self._rows = rows
+        self._wrapper: Any = flashinfer_library().BatchDecodeWithPagedKVCacheWrapper(
+            shared.workspace, "NHD", use_tensor_cores=True, backend="fa2"
+        )
+        self._queries = torch.arange(rows + 1, dtype=torch.int32, device=buffers.indptr.device)
+
+    def plan(self, pages: PageTable) -> None:
+        buffers, wrapper = self._buffers, self._wrapper
+        indices = buffers.indices[: pages.indices.shape[0]].copy_(pages.indices)
+        kept = PageTable(pages.indptr, indices, pages.last_page_len)
+        self._shared.plan_decode(wrapper, kept, disable_split_kv=True)
+        # The library has no public way to say where these are to lie.
+        indptr, last_page_len = (
+            buffers.indptr[: self._rows + 1],
+            buffers.last_page_len[: self._rows],
+        )
+        wrapper._paged_kv_indptr_buf = indptr.copy_(wrapper._paged_kv_indptr_buf)
+        wrapper._paged_kv_last_page_len_buf = last_page_len.copy_(
+            wrapper._paged_kv_last_page_len_buf
+        )
+        wrapper._paged_kv_indices_buf = buffers.indices
+        wrapper._qo_indptr_buf = self._queries
 
 
 def num_prompts(batch: ForwardBatch) -> int:

@@ -14,7 +14,11 @@ from engine.execution import attention as attention_module
 from engine.execution import decode_graphs, flashinfer_attention
 from engine.execution.attention import AttentionBackend, create_attention
 from engine.execution.decode_graphs import DecodeGraphs
-from engine.execution.flashinfer_attention import FlashInferAttention
+from engine.execution.flashinfer_attention import (
+    FlashInferAttention,
+    FlashInferGraphAttention,
+    WholeRequestsGraphAttention,
+)
 from engine.execution.forward_batch import ForwardMode
 from engine.execution.model_runner import ModelRunner
 from engine.execution.page_table import page_table
@@ -146,7 +150,11 @@ class FakeDecode(FakeWrapper):
         page_size: int,
         q_data_type: str = "float16",
         kv_data_type: str | None = None,
+        disable_split_kv: bool = False,
     ) -> None:
+        if disable_split_kv:  # as the library keeps them outside its mode for graphs
+            self._paged_kv_indptr_buf = indptr.clone()
+            self._paged_kv_last_page_len_buf = last_page_len.clone()
         rows = list(range(len(last_page_len) + 1))
         self._plan(rows, indptr.tolist(), indices, last_page_len, page_size)
 
@@ -198,6 +206,12 @@ def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_attention, "_WORKSPACE_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    use_processors(monkeypatch, 132)
+
+
+def use_processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    gpu = SimpleNamespace(multi_processor_count=count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
 @pytest.mark.usefixtures("fake_flashinfer")
@@ -245,11 +259,22 @@ def test_a_long_ladder_is_dense_at_small_batches() -> None:
 
 
 @pytest.mark.usefixtures("fake_flashinfer")
-def test_padded_decode_steps_equal_plain_ones(runner: MakeRunner) -> None:
+@pytest.mark.parametrize(
+    ("processors", "kinds"),
+    [
+        (132, {FlashInferGraphAttention}),
+        (2, {FlashInferGraphAttention, WholeRequestsGraphAttention}),
+    ],
+)
+def test_padded_decode_steps_equal_plain_ones(
+    runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, processors: int, kinds: set[type]
+) -> None:
+    use_processors(monkeypatch, processors)
     model = runner("llama-gqa")
     attention = FlashInferAttention(model.model_config, model.kv_pool)
     with torch.no_grad():
         graphs = DecodeGraphs(model.decoder, model.kv_pool, attention, max_batch=6)
+    assert {type(graph.attention) for graph in graphs._graphs.values()} == kinds
     padded = ModelRunner(
         model.decoder, kv_pool=model.kv_pool, attention=attention, decode_graphs=graphs
     )
