@@ -113,8 +113,9 @@ class WorkerConfig(TlsSettings):
 
     kernel_cache: str = ""
     """Directory in which kernels that are built on this machine are kept, for images and volumes to
-    carry (`baton warmup` fills it). Empty: FlashInfer's and Triton's own, in the home directory,
-    and for a CPU's decode steps `baton/cpu` in the user's cache directory."""
+    carry (`baton warmup` fills it), and which of them were measured to be fastest. Empty:
+    FlashInfer's and Triton's own, in the home directory, for a CPU's decode steps `baton/cpu` in
+    the user's cache directory, and each start measures anew."""
 
     kv_cache_dtype: KvCacheDtype = "auto"
     """What KV is stored and moved as: auto as the model computes, fp8_e4m3 in half the bytes (or a

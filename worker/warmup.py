@@ -12,7 +12,7 @@ from worker.config import WorkerConfig
 from worker.kv_traffic import KvTraffic
 from worker.rank_model import load_rank_model, rank_device
 
-_GRAPH_BATCH = 8
+_GRAPH_BATCH = 64
 """Captured on the way, which builds what decode needs; larger batches need nothing else."""
 
 _TOKENS = 4096

@@ -23,6 +23,10 @@ _WARM_UP_RUNS = 2
 """Before a capture, so that libraries build, tune and allocate outside it."""
 
 
+_MEASURED_LAYERS = 8
+"""In which the ways to compute a product are compared."""
+
+
 def ladder(max_batch: int) -> list[int]:
     """Batch sizes to capture: dense where padding would cost most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch + 32, 32)]
@@ -66,10 +70,12 @@ class DecodeGraphs:
         )
         memory: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, _Graph] = {}
+        attentions = {size: attention.for_graph(buffers, size) for size in self._sizes}
+        self._choose_products(attentions, progress)
         # From large to small, so that the smaller ones reuse the largest one's memory.
         for done, size in enumerate(reversed(self._sizes)):
             progress(progress_bar("capturing decode graphs", done, len(self._sizes)))
-            graph_attention = attention.for_graph(buffers, size)
+            graph_attention = attentions[size]
             graph_attention.plan(self._padded([], size))
             self._graphs[size] = _Graph(
                 graph_attention, *capture(self._step(size, graph_attention), memory)
@@ -117,6 +123,31 @@ class DecodeGraphs:
             return self._decoder.logits(hidden, self._logits[:size])
 
         return step
+
+    def _choose_products(
+        self, attentions: dict[int, GraphAttention], progress: Callable[[str], None]
+    ) -> None:
+        def layers(size: int) -> Callable[[], object]:
+            attentions[size].plan(self._padded([], size))
+            return lambda: self._layers(size, attentions[size])
+
+        def report(done: int) -> None:
+            progress(progress_bar("measuring products", done, len(self._sizes)))
+
+        for line in self._decoder.choose_products(self._sizes, layers, report):
+            progress(f"products by rows, {line}")
+
+    def _layers(self, size: int, attention: GraphAttention) -> None:
+        """A step's first layers: enough that no cache holds their weights."""
+        decoder = self._decoder
+        decoder.run_layers(
+            range(min(_MEASURED_LAYERS, decoder.config.num_layers)),
+            decoder.embed(self._input_ids[:size]),
+            self._positions[:size],
+            self._pool.rows(self._out_cache_loc[:size]),
+            self._pool,
+            attention,
+        )
 
     def _padded(self, tables: list[PageTable], rows: int) -> PageTable:
         """One table of the given requests and `rows` rows of one token in the padding page."""

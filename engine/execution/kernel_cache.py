@@ -20,6 +20,7 @@ from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.cpu_library import keep_builds_in
 from engine.models.fused_ops import flashinfer_library
+from engine.models.remembered_choices import keep_choices_in
 
 _POLL_S = 0.5
 
@@ -33,6 +34,7 @@ def use_kernel_cache(directory: str) -> None:
     empty: where they do anyway. To be called before any is imported; what the environment says goes
     first."""
     keep_builds_in(directory)
+    keep_choices_in(directory)
     if directory:
         root = Path(directory).expanduser()
         os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(root))

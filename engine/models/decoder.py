@@ -1,5 +1,6 @@
 """The decoder of the Llama family; Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -71,6 +72,18 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
 
+    def choose_products(
+        self,
+        sizes: Sequence[int],
+        layers: Callable[[int], Callable[[], object]],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """As Ops.choose_products, for this decoder's weights. Several ranks choose nothing: they
+        would have to measure in step with one another, and what each remembers may differ."""
+        if self.num_ranks > 1:
+            return []
+        return self._ops.choose_products(self.weights, sizes, layers, progress)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -137,8 +150,8 @@ class Decoder:
                 residual = residual.index_select(0, last_tokens)
             hidden = self._group.sum(ops.linear(hidden, layer.o, layer.o_bias))
             normed, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
-            gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-            hidden = ops.linear(ops.silu_and_mul(gate_up), layer.down, layer.down_bias)
+            gated = ops.gated_linear(normed, layer.gate_up, layer.gate_up_bias)
+            hidden = ops.linear(gated, layer.down, layer.down_bias)
             hidden = self._group.sum(hidden)
         return BetweenLayers(hidden, residual)
 

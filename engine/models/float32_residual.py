@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from engine.models.dependent_launch import dependent_launch
+
 _ELEMENTS_A_WARP = 512
 
 
@@ -30,6 +32,7 @@ def add_rms_norm(
         columns,
         eps,
         WIDTH=width,
+        **dependent_launch(x.device),
         num_warps=min(max(width // _ELEMENTS_A_WARP, 1), 16),
     )
     return x, total

@@ -4,16 +4,31 @@ Plain torch here, readable and exact in float32; `fused_ops` computes the same w
 step on CUDA. A decoder calls them without knowing which it holds.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
+from engine.models.weights import ModelWeights
 
 
 class Ops(Protocol):
     """Every method may overwrite the activations it is given: use what it returns."""
+
+    def choose_products(
+        self,
+        weights: ModelWeights,
+        sizes: Sequence[int],
+        layers: Callable[[int], Callable[[], object]],
+        progress: Callable[[int], None],
+    ) -> list[str]:
+        """Finds out by measurement how products of `sizes` rows are computed fastest, before steps
+        of so many rows are captured: `layers`, for a number of rows, is what runs some of the
+        decoder's layers. What was chosen, a line a product; `progress` is told how many sizes are
+        done."""
+        ...
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `rotate` needs for tokens at `positions` [t] int64; once a step."""
@@ -69,6 +84,12 @@ class Ops(Protocol):
         """silu(gate) * up for gate_up [t, 2 * n], gate first: [t, n]."""
         ...
 
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """silu_and_mul(linear(x, weight, bias))."""
+        ...
+
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -107,6 +128,15 @@ class TorchOps:
         self._cos = torch.cat((cos, cos), dim=-1)
         # With the first half negated, rotating is a roll, a product and a sum.
         self._sin = torch.cat((-sin, sin), dim=-1)
+
+    def choose_products(
+        self,
+        weights: ModelWeights,
+        sizes: Sequence[int],
+        layers: Callable[[int], Callable[[], object]],
+        progress: Callable[[int], None],
+    ) -> list[str]:
+        return []  # there is one way
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cos = self._cos.index_select(0, positions).unsqueeze(1)
@@ -161,6 +191,11 @@ class TorchOps:
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.silu_and_mul(self.linear(x, weight, bias))
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None

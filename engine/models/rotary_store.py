@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.memory.kv_pool import PageMajorKVPool
+from engine.models.dependent_launch import dependent_launch
 
 _HEADS_A_PROGRAM = 8
 
@@ -54,6 +55,7 @@ def rotate_and_store(
         FP8=kv_pool.is_fp8,
         HALF=head_dim // 2,
         HEADS=_HEADS_A_PROGRAM,
+        **dependent_launch(qkv.device),
         num_warps=2,
     )
 

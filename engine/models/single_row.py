@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from engine.models.dependent_launch import dependent_launch
+
 _ROWS, _COLUMNS, _WARPS = 4, 2048, 4
 """Best or within 2 % of it for each of five shapes: 4,096 to 128,256 rows, up to 14,336 columns."""
 
@@ -36,6 +38,7 @@ def single_row_linear(
         HAS_BIAS=bias is not None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
+        **dependent_launch(x.device),
         num_warps=_WARPS,
     )
     return out

@@ -1,5 +1,6 @@
 """On a CUDA device: every backend and fused kernel against float32 on the CPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder, load_decoder
+from engine.models.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear
 from engine.models.float32_residual import add_rms_norm
 from engine.models.fused_ops import FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps
 from engine.models.ops import TorchOps
+from engine.models.products import GATED_TILES, LINEAR_TILES, Kind
+from engine.models.remembered_choices import keep_choices_in
 from engine.models.rope import RopeConfig, cos_sin_table
 from engine.models.rotary_store import rotate_and_store
 from engine.models.single_row import single_row_linear
@@ -29,6 +33,26 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def tiny_model(family: str, directory: Path) -> ModelConfig:
+    """Its weights lie in `directory`."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    shape: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,  # as the models in use: kernels of one shape are built once
+        "max_position_embeddings": 1024,
+        "eos_token_id": 0,
+    }
+    config = LlamaConfig(**shape) if family == "llama" else Qwen3Config(**shape)
+    write_config(directory, config)
+    return ModelConfig.from_directory(directory)
 
 
 def run(decoder: Decoder, attention: str) -> list[torch.Tensor]:
@@ -59,22 +83,7 @@ def run(decoder: Decoder, attention: str) -> list[torch.Tensor]:
 def test_logits_in_bfloat16_are_close_to_the_reference(
     family: str, attention: str, tmp_path: Path
 ) -> None:
-    from transformers import LlamaConfig, Qwen3Config
-
-    shape: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,  # as the models in use: kernels of one shape are built once
-        "max_position_embeddings": 1024,
-        "eos_token_id": 0,
-    }
-    config = LlamaConfig(**shape) if family == "llama" else Qwen3Config(**shape)
-    write_config(tmp_path, config)
-    parsed = ModelConfig.from_directory(tmp_path)
+    parsed = tiny_model(family, tmp_path)
 
     def load(device: str, dtype: torch.dtype) -> Decoder:
         where = torch.device(device)
@@ -194,3 +203,80 @@ def test_the_product_of_one_row_equals_float64(rows: int, columns: int, bias: bo
     if added is not None:
         expected = expected + added.double()
     assert float((actual - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 64])
+def test_products_of_few_rows_equal_float64(rows: int, bias: bool) -> None:
+    columns, depth = 512, 2048
+    x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(2 * columns, depth, device="cuda", dtype=torch.bfloat16) / 45
+    added = torch.randn(2 * columns, device="cuda", dtype=torch.bfloat16) if bias else None
+    expected = x.double() @ weight.double().t()
+    if added is not None:
+        expected = expected + added.double()
+    gate, up = expected.chunk(2, dim=-1)
+    gated = torch.nn.functional.silu(gate) * up
+    for tiles in LINEAR_TILES:
+        room = torch.full((rows, 2 * columns), torch.nan, device="cuda")
+        few_rows_linear(x, weight, added, tiles, room)
+        assert float((room.double() - expected).norm() / expected.norm()) < 1e-5, tiles
+        actual = few_rows_linear(x, weight, added, tiles).double()
+        assert float((actual - expected).norm() / expected.norm()) < 5e-3, tiles
+    for tiles in GATED_TILES:
+        actual = few_rows_gated(x, weight, added, tiles).double()
+        assert float((actual - gated).norm() / gated.norm()) < 5e-3, tiles
+
+
+def test_every_way_to_compute_a_product_is_right() -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    table = cos_sin_table(RopeConfig(theta=10_000.0), 128, 64, torch.device("cuda"))
+    ops = FusedOps(table)
+    weights = [torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    kinds: tuple[Kind, ...] = ("linear", "gated", "logits")
+    for rows in (1, 8, 96):
+        x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+        for kind in kinds:
+            ways = ops.products.ways(kind, rows, weights[0])
+            assert {"library", "cublaslt"} <= ways.keys()
+            assert any(name.startswith("few rows") for name in ways) == (rows <= MOST_ROWS)
+            full = x.double() @ weights[0].double().t()
+            if kind == "gated":
+                gate, up = full.chunk(2, dim=-1)
+                full = torch.nn.functional.silu(gate) * up
+            for name, way in ways.items():
+                room = torch.empty(rows, 1024, device="cuda") if kind == "logits" else None
+                got = way(x, weights[0], None, room).double()
+                bound = 1e-5 if kind == "logits" else 8e-3
+                assert float((got - full).norm() / full.norm()) < bound, (rows, kind, name)
+
+
+def test_a_start_measures_what_the_last_one_did_not(tmp_path: Path) -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    config = tiny_model("llama", tmp_path)
+    decoder = load_decoder(
+        config, model_path=str(tmp_path), device=torch.device("cuda"), dtype=torch.bfloat16
+    )
+    buffer = torch.ones(8, device="cuda")
+    ran: list[int] = []
+
+    def layers(rows: int) -> Callable[[], object]:
+        ran.append(rows)
+        return buffer.zero_
+
+    keep_choices_in(str(tmp_path / "kernels"))
+    try:
+        first = decoder.choose_products([1, 8], layers)
+        assert [line.partition(":")[0] for line in first] == [
+            *("qkv", "o", "gate_up", "down", "logits")
+        ]
+        assert set(ran) == {1, 8}
+        ran.clear()
+        assert decoder.choose_products([1, 8], layers) == first
+        assert ran == []
+        decoder.choose_products([1, 8, 16], layers)
+        assert set(ran) == {16}
+    finally:
+        keep_choices_in("")
