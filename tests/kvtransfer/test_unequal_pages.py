@@ -115,14 +115,14 @@ def test_a_page_takes_as_many_slots_as_it_needs(theirs: int, mine: int, slots: i
 
 def test_a_page_that_reaches_beyond_the_window_is_refused() -> None:
     case = landing(16, 4, 16, 0)
-    last = dataclasses.replace(case.landed[0], slot=len(case.window) - 1)
+    last = case.landed[0]._replace(slot=len(case.window) - 1)
     with pytest.raises(ValueError, match="does not fit"):
         land_pages(case.window, [last], case.writer, case.target)
 
 
 def test_a_position_beyond_the_request_is_refused() -> None:
     case = landing(2, 4, 8, 0)
-    stray = dataclasses.replace(case.landed[0], position=4)
+    stray = case.landed[0]._replace(position=4)
     with pytest.raises(ValueError, match="tokens up to 10 in 2 pages"):
         land_pages(case.window, [stray], case.writer, case.target)
 
