@@ -95,7 +95,8 @@ class Stack:
                 listed = self.workers()
                 seen = [(w["id"], w["state"], w["pages"]) for w in listed]
                 ready = [w for w in listed if w["state"] == "ready"]
-                if len({w["address"] for w in ready}) == 4 and self._healthy():
+                four = len({w["address"] for w in ready}) == 4
+                if four and self._healthy() and self._all_run():
                     self.wait_until_balanced()
                     return
             restarts = {name: self.inspect(name)["RestartCount"] for name in ADDRESSES}
@@ -103,6 +104,10 @@ class Stack:
                 raise AssertionError(f"containers end again and again: {restarts}\n{self.logs()}")
             time.sleep(0.25)
         raise AssertionError(f"not whole after {limit_s:.0f} s: {seen}\n{self.logs()}")
+
+    def _all_run(self) -> bool:
+        """A worker is listed for a moment longer than its container lives."""
+        return all(self.inspect(name)["State"]["Running"] for name in ADDRESSES)
 
     def _healthy(self) -> bool:
         return httpx.get(f"{self.http}/health", timeout=5.0).status_code == 200
