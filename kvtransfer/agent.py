@@ -9,7 +9,7 @@ over a transport that any thread may use begins at once, while the transfer thre
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -67,6 +67,19 @@ class TransferStats:
     """What the transports have open at their libraries."""
     by_transport: Mapping[str, TransportTally]
     """Bytes, durations and failures since the start."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a transfer that goes out owns."""
+
+    at_once: bool
+    """Whether any thread may start its writes."""
+    pages: list[int] = field(default_factory=list)
+
+    def add(self, pages: Sequence[int]) -> None:
+        known = set(self.pages)
+        self.pages.extend(page for page in pages if page not in known)
 
 
 class TransferAgent:
@@ -159,9 +172,7 @@ class TransferAgent:
         )
         self._failures: Counter[str] = Counter()
         self._tally = TransferTally(page_bytes=layout.page_bytes, clock=clock)
-        self._held: dict[str, list[int]] = {}
-        self._at_once: set[str] = set()
-        """Requests of `_held` whose writes any thread may start."""
+        self._held: dict[str, _Held] = {}
         self._receiving: dict[str, int] = {}
         """Request -> ticket of incoming transfers, as the role knows them."""
 
@@ -215,10 +226,9 @@ class TransferAgent:
         the request still holds source pages."""
         if ticket.request_id in self._held:
             raise DuplicateTransferError(f"request {ticket.request_id} is being sent already")
-        self._held[ticket.request_id] = []
         transport = self._transports.get(ticket.transport)
-        if transport is not None and transport.any_thread:
-            self._at_once.add(ticket.request_id)
+        at_once = transport is not None and transport.any_thread
+        self._held[ticket.request_id] = _Held(at_once=at_once)
         self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
 
@@ -229,10 +239,10 @@ class TransferAgent:
         held = self._held.get(request_id)
         if held is None:
             return
-        self._hold(held, [page.page for page in pages])
+        held.add([page.page for page in pages])
         self._tally.moved(request_id, len(pages))
         copy = list(pages)
-        self._start(request_id, lambda: self.thread.sender.push(request_id, copy))
+        self._start(held, lambda: self.thread.sender.push(request_id, copy))
 
     def push_layers(self, request_id: str, pages: Sequence[tuple[int, int]], layers: range) -> None:
         """Hands over `layers` of (position, page) whose other layers are still to be computed; the
@@ -241,25 +251,22 @@ class TransferAgent:
         held = self._held.get(request_id)
         if held is None:
             return
-        self._hold(held, [page for _, page in pages])
+        held.add([page for _, page in pages])
         copy = list(pages)
-        self._start(request_id, lambda: self.thread.sender.push_layers(request_id, copy, layers))
+        self._start(held, lambda: self.thread.sender.push_layers(request_id, copy, layers))
 
-    def _start(self, request_id: str, command: Callable[[], None]) -> None:
+    def _start(self, held: _Held, command: Callable[[], None]) -> None:
         """Runs what may start a write of a request: on this thread where its transport lets it."""
-        if request_id in self._at_once:
+        if held.at_once:
             self.thread.do_now(command)
         else:
             self.thread.do(command)
 
-    @staticmethod
-    def _hold(held: list[int], pages: Sequence[int]) -> None:
-        known = set(held)
-        held.extend(page for page in pages if page not in known)
-
     def complete(self, request_id: str, first_token: int) -> None:
         """All pages were pushed, and this is the first token."""
-        self._start(request_id, lambda: self.thread.sender.complete(request_id, first_token))
+        held = self._held.get(request_id)
+        if held is not None:
+            self._start(held, lambda: self.thread.sender.complete(request_id, first_token))
 
     def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
         """Gives an outgoing transfer up; TransferFailedEvent follows as for any failure."""
@@ -267,7 +274,7 @@ class TransferAgent:
 
     def held_pages(self) -> dict[str, list[int]]:
         """Source pages that transfers own, by request: never free, evict or rewrite them."""
-        return {request: list(pages) for request, pages in self._held.items()}
+        return {request: list(held.pages) for request, held in self._held.items()}
 
     # ---- decode ---------------------------------------------------------------------------------
 
@@ -355,7 +362,6 @@ class TransferAgent:
         match event:
             case SourceReleased():
                 self._held.pop(event.request_id, None)
-                self._at_once.discard(event.request_id)
                 self._tally.complete(event.request_id)
             case TransferFailedEvent():
                 received = self._receiving.get(event.request_id) == event.ticket_id
@@ -365,7 +371,6 @@ class TransferAgent:
                     return False
                 elif event.quiesced:
                     del self._held[event.request_id]
-                    self._at_once.discard(event.request_id)
                 self._tally.fail(event.request_id, event.failure)
                 if event.quiesced:
                     self._failures[event.failure.name.lower()] += 1
@@ -391,7 +396,7 @@ class TransferAgent:
             dropped=dict(self.thread.links.dropped),
             slots=self._windows.counts() if self._windows is not None else none,
             window_replacements=self._windows.replacements if self._windows is not None else 0,
-            held_source_pages=len({p for pages in list(self._held.values()) for p in pages}),
+            held_source_pages=len({p for held in list(self._held.values()) for p in held.pages}),
             peers=len(self.thread.links.peers()),
             handles=sum(transport.handles() for transport in self._transports.values()),
             by_transport=self._tally.by_transport,

@@ -40,7 +40,7 @@ class DeviceDigests:
         return ended
 
     def wait(self) -> IntArray:
-        """Waits for the device, and for what the launch copies. Once only."""
+        """Waits for the device, and for what the launch copies. [count] int64."""
         self._lane.event.synchronize()
         sums = self._lane.sums_here[: self._count * self._rows]
         digests: IntArray = sums.reshape(self._count, self._rows).sum(axis=1)

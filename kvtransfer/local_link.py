@@ -60,7 +60,7 @@ class _Books:
 
 class LocalLinks:
     """One listening socket, one reader thread, any number of peers. All methods but the reader's
-    are the transfer thread's."""
+    are the transfer thread's, or of whoever has its turn."""
 
     def __init__(self) -> None:
         self._wake: Callable[[], None] = _nothing

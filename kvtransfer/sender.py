@@ -1,7 +1,8 @@
 """Prefill's side of the handover: pages go out as credits allow, and stay owned until decode has
 acknowledged them or every write has ended.
 
-Runs on the transfer thread alone. Pages are digested once more as they leave: so late that a page
+Runs on the transfer thread, or in its turn on the scheduler's (`TransferThread.do_now`): on one at
+a time. Pages are digested once more as they leave: so late that a page
 which was freed and reused while it waited for credit is caught. On CUDA a stream of its own does
 that beside the wire, and a transfer is not complete before each digest was compared: decode, which
 compares its own, hears of the pages no later for it.

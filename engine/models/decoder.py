@@ -14,7 +14,9 @@ from engine.models.fused_ops import FUSED_DTYPES, FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps, check_products
 from engine.models.loading import fill_random, load_safetensors, weight_files
 from engine.models.ops import Ops, TorchOps
+from engine.models.remembered_choices import RememberedChoices
 from engine.models.rope import cos_sin_table
+from engine.models.timing import measured_with
 from engine.models.weights import LayerWeights, ModelWeights
 from engine.parallel.group import ALONE, TensorGroup
 from engine.parallel.shards import Shards
@@ -78,11 +80,13 @@ class Decoder:
         layers: Callable[[int], Callable[[], object]],
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
-        """As Ops.choose_products, for this decoder's weights. Several ranks choose nothing: they
+        """As Products.choose, for this decoder's weights. Several ranks choose nothing: they
         would have to measure in step with one another, and what each remembers may differ."""
-        if self.num_ranks > 1:
+        products = self._ops.products
+        if products is None or self.num_ranks > 1:
             return []
-        return self._ops.choose_products(self.weights, sizes, layers, progress)
+        remembered = RememberedChoices(measured_with(self.device, self.dtype))
+        return products.choose(self.weights, sizes, layers, remembered, progress)
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +11,12 @@ from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.float32_residual import add_rms_norm
 from engine.models.ops import room_for_logits
 from engine.models.products import Products
-from engine.models.remembered_choices import RememberedChoices
 from engine.models.rotary_store import (
     can_rotate_and_store,
     rotate_and_store,
     triton_installed,
 )
 from engine.models.single_row import single_row_linear
-from engine.models.timing import measured_with
-from engine.models.weights import ModelWeights
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 """What FlashInfer's kernels are built for."""
@@ -50,20 +46,12 @@ class FusedOps:
         self._silu_and_mul = library.silu_and_mul
         self._table = cos_sin_table
         self._triton = triton_installed()
-        self.products = Products(self.silu_and_mul, triton=self._triton)
+        self._products = Products(self.silu_and_mul, triton=self._triton)
         self._stores = can_rotate_and_store(cos_sin_table.shape[-1])
 
-    def choose_products(
-        self,
-        weights: ModelWeights,
-        sizes: Sequence[int],
-        layers: Callable[[int], Callable[[], object]],
-        progress: Callable[[int], None],
-    ) -> list[str]:
-        remembered = RememberedChoices(
-            measured_with(weights.embedding.device, weights.embedding.dtype)
-        )
-        return self.products.choose(weights, sizes, layers, remembered, progress)
+    @property
+    def products(self) -> Products | None:
+        return self._products
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (positions,)
@@ -128,7 +116,7 @@ class FusedOps:
     def gated_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        way = self.products.chosen("gated", x.shape[0], weight)
+        way = self._products.chosen("gated", x.shape[0], weight)
         if way is not None:
             return way(x, weight, bias, None)
         return self.silu_and_mul(self.linear(x, weight, bias))
@@ -136,7 +124,7 @@ class FusedOps:
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        way = self.products.chosen("linear", x.shape[0], weight)
+        way = self._products.chosen("linear", x.shape[0], weight)
         if way is not None:
             return way(x, weight, bias, None)
         if self._triton and x.shape[0] == 1:
@@ -148,7 +136,7 @@ class FusedOps:
     ) -> torch.Tensor:
         if out is None:
             out = room_for_logits(x, weight)
-        way = self.products.chosen("logits", x.shape[0], weight)
+        way = self._products.chosen("logits", x.shape[0], weight)
         if way is not None:
             return way(x, weight, None, out)
         if self._triton and x.shape[0] == 1:

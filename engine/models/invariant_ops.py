@@ -6,7 +6,6 @@ number of rows. Here one order serves all sizes.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from engine.errors import ConfigError
 from engine.models.fused_ops import FusedOps
 from engine.models.ops import room_for_logits
-from engine.models.weights import ModelWeights
+from engine.models.products import Products
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,9 @@ _GROUP = 8
 class InvariantOps(FusedOps):
     """As `FusedOps`, with products of one order."""
 
-    def choose_products(
-        self,
-        weights: ModelWeights,
-        sizes: Sequence[int],
-        layers: Callable[[int], Callable[[], object]],
-        progress: Callable[[int], None],
-    ) -> list[str]:
-        return []  # one way for all sizes is the point
+    @property
+    def products(self) -> Products | None:
+        return None  # one way for all sizes is the point
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None

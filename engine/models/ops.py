@@ -4,30 +4,22 @@ Plain torch here, readable and exact in float32; `fused_ops` computes the same w
 step on CUDA. A decoder calls them without knowing which it holds.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
-from engine.models.weights import ModelWeights
+from engine.models.products import Products
 
 
 class Ops(Protocol):
     """Every method may overwrite the activations it is given: use what it returns."""
 
-    def choose_products(
-        self,
-        weights: ModelWeights,
-        sizes: Sequence[int],
-        layers: Callable[[int], Callable[[], object]],
-        progress: Callable[[int], None],
-    ) -> list[str]:
-        """Finds out by measurement how products of `sizes` rows are computed fastest, before steps
-        of so many rows are captured: `layers`, for a number of rows, is what runs some of the
-        decoder's layers. What was chosen, a line a product; `progress` is told how many sizes are
-        done."""
+    @property
+    def products(self) -> Products | None:
+        """Where the kernel of a product may be chosen by its number of rows; None: there is one way
+        for all."""
         ...
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -122,21 +114,14 @@ def room_for_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class TorchOps:
     """Plain torch: any device, any floating dtype; norms and rotations computed in float32."""
 
+    products: Products | None = None
+
     def __init__(self, cos_sin_table: torch.Tensor) -> None:
         """`cos_sin_table` is rope.cos_sin_table's."""
         cos, sin = cos_sin_table.chunk(2, dim=-1)
         self._cos = torch.cat((cos, cos), dim=-1)
         # With the first half negated, rotating is a roll, a product and a sum.
         self._sin = torch.cat((-sin, sin), dim=-1)
-
-    def choose_products(
-        self,
-        weights: ModelWeights,
-        sizes: Sequence[int],
-        layers: Callable[[int], Callable[[], object]],
-        progress: Callable[[int], None],
-    ) -> list[str]:
-        return []  # there is one way
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cos = self._cos.index_select(0, positions).unsqueeze(1)

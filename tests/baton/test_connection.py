@@ -39,9 +39,8 @@ def test_after_a_restart_the_next_call_works(inference: ScriptedInference) -> No
         with pytest.raises((baton.Unavailable, baton.Cancelled)):
             for _ in stream:
                 pass
-        # The second where the machine is too busy to be told within the time.
-        with pytest.raises((baton.Unavailable, baton.DeadlineExceeded)):
-            client.complete("Hi", timeout=2.0)
+        with pytest.raises(baton.Unavailable):
+            client.complete("Hi", timeout=20.0)
         with router_on(port, inference):
             # Within gRPC's pause between two attempts, where calls fail at once by default.
             assert client.complete("Hi", timeout=20.0).text == "Hi"
