@@ -3,8 +3,8 @@ here.
 
 It digests what it copies with the writer's weights, so the digest can be compared with the seal
 whatever the two page sizes are. Where both cut alike this is `copy_and_digest`. Elsewhere one
-kernel does the same on CUDA; without it a page is first taken out of the window, so that what is
-scattered is what was digested and a late write cannot come between.
+kernel does the same on CUDA; on a CPU, and out of a window of the host's, a page is first taken out
+of the window, so that what is scattered is what was digested and a late write cannot come between.
 """
 
 from collections.abc import Sequence

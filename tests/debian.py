@@ -64,6 +64,12 @@ def install(packages: Mapping[str, str]) -> None:
     )
 
 
+def cache_folder(*names: str) -> Path:
+    """Where what tests download and build stays for the next run."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home.joinpath("baton", *names)
+
+
 def mirror() -> str:
     """Where this machine has its own Debian packages from, which serves other releases, too; on
     another distribution DEBIAN_MIRROR must say. Raises SetUpError."""

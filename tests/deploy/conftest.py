@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.container_engine import Engine, container_engine, default_cache
+from tests.debian import cache_folder
+from tests.deploy.container_engine import Engine, container_engine
 from tests.deploy.stack import Stack, build_images, running_stack
 from tests.left_out import leave_out
 
@@ -20,7 +21,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    with container_engine(default_cache()) as running:
+    with container_engine(cache_folder("containers")) as running:
         build_images(running)
         yield running
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.debian import PATIENT, SetUpError, apart, install, mirror, run, set_up
+from tests.debian import PATIENT, SetUpError, apart, cache_folder, install, mirror, run, set_up
 
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
 PLUGINS = ("docker-compose", "docker-buildx")
@@ -239,14 +239,8 @@ def twice(build: Callable[[], object]) -> None:
         build()
 
 
-def default_cache() -> Path:
-    """Where what is downloaded and built stays unless told otherwise."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "baton" / "containers"
-
-
 def _try_it() -> str:
-    with container_engine(default_cache()) as engine:
+    with container_engine(cache_folder("containers")) as engine:
         # What the images' builds do: over the engine's own bridge, to the package index.
         command = ("run", "--rm", PYTHON_IMAGE, "python3", "-c", REACH_INDEX)
         twice(lambda: engine.docker(*command))

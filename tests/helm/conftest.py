@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helm.helms import Helm, Helm3, Helm4, default_cache, find_helm3
+from tests.debian import cache_folder
+from tests.helm.helms import Helm, Helm3, Helm4, find_helm3
 from tests.left_out import leave_out
 
 KUBERNETES = ("1.31", "1.34", "1.37")
@@ -15,7 +16,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def helm3() -> Helm3:
-    return Helm3(find_helm3(default_cache()), kube_version=f"{KUBERNETES[0]}.0")
+    return Helm3(find_helm3(cache_folder()), kube_version=f"{KUBERNETES[0]}.0")
 
 
 @pytest.fixture(scope="session", params=["helm3", "helm4"])

@@ -7,7 +7,6 @@ Usage: python -m tests.helm.helms (gets Helm 3)
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from tests.debian import install, run, set_up
+from tests.debian import cache_folder, install, run, set_up
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "baton"
@@ -138,10 +137,5 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def default_cache() -> Path:
-    """Where it stays unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
-
-
 if __name__ == "__main__":
-    sys.exit(set_up(lambda: f"Helm 3 is {find_helm3(default_cache())}"))
+    sys.exit(set_up(lambda: f"Helm 3 is {find_helm3(cache_folder())}"))

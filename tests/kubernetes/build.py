@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.debian import PATIENT, SetUpError, apart, install, run, set_up
+from tests.debian import PATIENT, SetUpError, apart, cache_folder, install, run, set_up
 
 PROGRAMS = ("kube-apiserver", "kube-controller-manager")
 PACKAGES = {
@@ -61,11 +61,6 @@ def programs(cache: Path) -> Programs:
     if etcd is None:
         raise SetUpError("etcd-server is installed, and there is no etcd in PATH")
     return Programs(built / PROGRAMS[0], built / PROGRAMS[1], Path(etcd))
-
-
-def default_cache() -> Path:
-    """Where they stay unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kubernetes"
 
 
 def _built(cache: Path) -> Path | None:
@@ -120,4 +115,4 @@ def _source(work: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(set_up(lambda: f"kube-apiserver is {programs(default_cache()).apiserver}"))
+    sys.exit(set_up(lambda: f"kube-apiserver is {programs(cache_folder('kubernetes')).apiserver}"))

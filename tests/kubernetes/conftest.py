@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.debian import cache_folder
 from tests.helm.helms import find_helm3
 from tests.kubernetes.api import Api
-from tests.kubernetes.build import default_cache, programs
+from tests.kubernetes.build import programs
 from tests.kubernetes.control_plane import ControlPlane, control_plane
 from tests.kubernetes.kubelet import Kubelet
 from tests.kubernetes.network import private_network
@@ -37,8 +38,7 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # All that needs the machine's own network comes first.
-    cache = default_cache()
-    built, helm = programs(cache), find_helm3(cache.parent)
+    built, helm = programs(cache_folder("kubernetes")), find_helm3(cache_folder())
     directory = tmp_path_factory.mktemp("cluster")
     with private_network(), control_plane(built, directory) as plane:
         api = plane.api()
