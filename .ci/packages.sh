@@ -1,5 +1,5 @@
-# System packages that the tests need, installed where root is at hand on a Debian; sourced by the scripts
-# beside this, which have set PYTHON.
+# System packages that the tests need, installed where root is at hand on a Debian; sourced by `run`,
+# which has set PYTHON.
 missing=()
 optional=()
 command -v make >/dev/null || missing+=(make)

@@ -46,7 +46,7 @@ def run(checkout: Path, limit_s: int = 4200, **suites: str) -> tuple[int, str]:
     lines = [f"{name}:\n\t@{suites.get(name.replace('-', '_'), PASSED)}\n" for name in SUITES]
     (checkout / "Makefile").write_text("".join(lines))
     done = subprocess.run(
-        [str(checkout / ".ci" / SCRIPT)],
+        [str(checkout / ".ci" / "run")],
         env={
             **os.environ,
             "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
@@ -59,9 +59,6 @@ def run(checkout: Path, limit_s: int = 4200, **suites: str) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout
-
-
-SCRIPT = "all"
 
 
 def test_every_suite_runs_in_order_and_one_line_closes_for_all(checkout: Path) -> None:
