@@ -97,7 +97,7 @@ def _add_tokens(app: FastAPI, router: Router) -> None:
 
 
 def _add_models(app: FastAPI, router: Router) -> None:
-    @app.get("/v1/models", response_class=Response, responses=answers(answer_schema.ModelList))
+    @app.get("/v1/models", response_class=Response, responses=answers(answer_schema.ModelList, 401))
     async def models() -> Response:
         """The models served."""
         model = router.fleet.model()
@@ -107,7 +107,7 @@ def _add_models(app: FastAPI, router: Router) -> None:
     @app.get(
         "/v1/models/{name:path}",
         response_class=Response,
-        responses=answers(answer_schema.ModelCard, 404, 503),
+        responses=answers(answer_schema.ModelCard, 401, 404, 503),
     )
     async def model(name: str) -> Response:
         """One model."""
@@ -157,7 +157,8 @@ def _add_operations(app: FastAPI, router: Router) -> None:
                         "schema": {"type": "array", "items": ref(answer_schema.TargetGroup)}
                     }
                 },
-            }
+            },
+            **answers(None, 401),
         },
     )
     async def metrics_targets() -> Response:
@@ -171,7 +172,10 @@ def _add_operations(app: FastAPI, router: Router) -> None:
     @app.get(
         "/workers",
         response_class=Response,
-        responses={200: {"description": "The workers", "content": listed}},
+        responses={
+            200: {"description": "The workers", "content": listed},
+            **answers(None, 401, 403),
+        },
     )
     async def workers(request: Request) -> Response:
         """All workers with their figures, asked now; with API keys, for operators."""

@@ -307,7 +307,13 @@ def read_fields(model: type[M], body: dict[str, Any], *, tags: Sequence[str] = (
 
 def _field_error(error: ValidationError, tags: Sequence[str]) -> BatonError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"] if part not in tags)
+    place = first["loc"]
+    # An alternative's name follows its place in a list; elsewhere it is a field: `user` is both.
+    param = ".".join(
+        str(part)
+        for before, part in zip((None, *place), place, strict=False)
+        if not (part in tags and isinstance(before, int))
+    )
     kind, message = first["type"], first["msg"]
     if kind == "extra_forbidden":
         return invalid(f"Unrecognized request argument supplied: {param}", param)

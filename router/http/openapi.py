@@ -55,8 +55,14 @@ def answers(
 
 
 def describe(app: FastAPI) -> None:
-    """Adds the schemas that `takes` and `answers` refer to."""
+    """Adds the schemas that `takes` and `answers` refer to, and drops FastAPI's own error, which
+    this door never answers."""
     document = app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document.get("components", {}).get("schemas", {}).pop(name, None)
     models = [(model, "validation") for model in (*REQUESTS, *answer_schema.MODELS)]
     _, schemas = models_json_schema(models, ref_template=REF_TEMPLATE)  # type: ignore[arg-type]
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

@@ -27,7 +27,9 @@ def _schema(value: Any) -> Any:
 class JsonSchemaFormat(_Part):
     """A JSON schema and its name."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] = Field(
+        description="The client's own name for it. No effect: not shown to the model."
+    )
     description: str | None = Field(default=None, description="No effect: not shown to the model.")
     schema_: Annotated[
         Any,
