@@ -1,5 +1,6 @@
 """The official OpenAI client against real processes and the embedded model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from baton import Client
+from baton import Client, Completion
+from protos.baton.v1 import inference_pb2
 from tests.e2e.cluster import Cluster, running_cluster
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "baton-tiny"
@@ -69,19 +71,116 @@ def test_the_embedded_model_answers_in_whole_characters_and_ends_its_turn(
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_completion_is_the_same_whole_streamed_and_over_grpc(
-    client: openai.OpenAI, model: str, cluster: Cluster
-) -> None:
-    asked = {"model": model, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
-    whole = client.completions.create(**asked)
-    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    chunks = list(stream)
-    assert "".join(c.choices[0].text for c in chunks[:-1]) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens <= 24
-    with Client(cluster.grpc) as other:
-        assert other.complete(PROMPT, max_tokens=24, temperature=0).text == whole.choices[0].text
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+BOTH_DOORS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 7},
+    "penalties": {
+        "temperature": 0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {100: 3.0, 200: -100.0},
+    },
+    "stop text": {"temperature": 0, "stop": ["return", "zzz"], "ignore_eos": True},
+    "stop token": {"temperature": 0, "logit_bias": {33: 100}, "stop_token_ids": [33]},
+    "a later end": {
+        "temperature": 0,
+        "logit_bias": {33: 100},
+        "stop_token_ids": [33],
+        "min_tokens": 4,
+        "skip_special_tokens": False,
+    },
+    "log probabilities": {"temperature": 0, "logprobs": True, "top_logprobs": 3},
+    "the prompt's": {"temperature": 0, "logprobs": True, "prompt_logprobs": 0, "max_tokens": 2},
+    "schema": {"seed": 1, "json_schema": SCHEMA, "max_tokens": 80},
+    "expression": {"seed": 1, "regex": "(yes|no)!"},
+    "grammar": {"seed": 1, "ebnf": 'root ::= [0-9] [0-9] "."'},
+    "a name space": {"temperature": 0, "cache_salt": "s", "priority": 3},
+}
+"""Options by gRPC's names."""
+
+APART = {"whole", "request_id", "model", "text", "token_ids", "sampling", "grammar"}
+"""Fields of the contract that are no options, or that the cases hold under other names: `whole` is
+HTTP's `stream: false`, `request_id` its X-Request-Id, `grammar` one of three."""
+
+
+def test_the_cases_hold_every_option_that_grpc_has() -> None:
+    fields = {
+        field.name
+        for message in (inference_pb2.GenerateRequest, inference_pb2.SamplingParams)
+        for field in message.DESCRIPTOR.fields
+    }
+    kinds = {field.name for field in inference_pb2.Grammar.DESCRIPTOR.fields}
+    cased = {name for options in BOTH_DOORS.values() for name in options}
+    assert fields - APART | kinds == cased
+
+
+def over_http(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options by HTTP's names."""
+    body = {**options, "return_token_ids": True}
+    alternatives = body.pop("top_logprobs", 0)
+    if body.pop("logprobs", False):
+        body["logprobs"] = alternatives
+    if body.pop("prompt_logprobs", None) is not None:
+        body["echo"] = True
+    if "json_schema" in body:
+        schema = {"name": "n", "schema": body.pop("json_schema")}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
+
+
+def from_grpc(answer: Completion) -> dict[str, Any]:
+    """What both doors tell. Of a prompt that is echoed, HTTP tells the two as one."""
+    stop: str | int | None = answer.stop_token_id
+    judged = [*answer.prompt_tokens, *answer.tokens]
+    return {
+        "token_ids": answer.token_ids,
+        "text": (PROMPT if answer.prompt_tokens else "") + answer.text,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_text if answer.stop_text is not None else stop,
+        "logprobs": None if answer.logprobs is None else [token.logprob for token in judged],
+        "usage": (answer.usage.prompt_tokens, answer.usage.completion_tokens),
+    }
+
+
+def from_http(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same of a whole answer, or of the chunks of one."""
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    told = [choice["logprobs"]["token_logprobs"] for choice in choices if choice["logprobs"]]
+    usage = answers[-1]["usage"]
+    return {
+        "token_ids": [token for choice in choices for token in choice["token_ids"]],
+        "text": "".join(choice["text"] for choice in choices),
+        "finish_reason": choices[-1]["finish_reason"],
+        "stop_reason": choices[-1]["stop_reason"],
+        "logprobs": [value for values in told for value in values] if told else None,
+        "usage": (usage["prompt_tokens"], usage["completion_tokens"]),
+    }
+
+
+@pytest.mark.parametrize("case", BOTH_DOORS)
+def test_a_completion_is_the_same_whole_streamed_and_over_grpc(cluster: Cluster, case: str) -> None:
+    options = {"max_tokens": 12, **BOTH_DOORS[case]}
+    body = {**over_http(options), "prompt": PROMPT}
+    with Client(cluster.grpc) as client:
+        whole = from_grpc(client.complete(PROMPT, **options))
+        chunks = list(client.generate(PROMPT, **options))
+    assert [token.id for chunk in chunks for token in chunk.tokens] == whole["token_ids"]
+    assert whole["token_ids"]
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = cluster.complete(**body, **more).text.split("\n\n")
+    events = [json.loads(event.removeprefix("data: ")) for event in streamed[:-2]]
+    answers = [from_http([cluster.complete(**body).json()]), from_http(events)]
+    for answer in answers:
+        assert answer.pop("logprobs") == pytest.approx(whole["logprobs"], abs=1e-4)
+        assert answer == {name: whole[name] for name in answer}
+    cluster.wait_until_balanced()
 
 
 def test_a_chat_is_the_same_whole_streamed_and_over_grpc(
