@@ -11,6 +11,8 @@ from hypothesis import settings
 # Tests run beside one another and start processes of their own; torch reads these when it loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# As every engine gets it: one whose variables differ from the spawner's cannot be forked from it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Processes that made a NIXL agent crash at exit where rdma-core's libnl meets another one.
 os.environ.setdefault("UCX_MODULES", "^ib")
 # No test may depend on a model hub.

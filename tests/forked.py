@@ -206,6 +206,19 @@ def is_spawner(process: psutil.Process) -> bool:
     return bool(process.name() == NAME)
 
 
+def executed_nevertheless(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those of Baton's processes that could not be forked, which costs seconds of CPU each: they
+    were given variables of the interpreter that the spawner does not have."""
+    if _starter is None or not _starter.is_active:
+        return []
+    return [p for p in processes if not MODULES.isdisjoint(p.cmdline()) and not _is_forked(p.pid)]
+
+
+def _is_forked(pid: int) -> bool:
+    begin, end = _command_line_of(pid)
+    return end - begin >= _COMMAND_LINE_BYTES
+
+
 # ---- the spawner ---------------------------------------------------------------------------------
 
 
@@ -283,11 +296,16 @@ def _take_files(start: _Start, files: list[int]) -> None:
 
 def _show_command_line(argv: list[str]) -> None:
     """What `ps` shows of this process."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    begin, end = int(fields[45]), int(fields[46])
+    begin, end = _command_line_of(os.getpid())
     shown = b"\0".join(map(os.fsencode, argv))
     if len(shown) < end - begin:
         ctypes.memmove(begin, shown.ljust(end - begin, b"\0"), end - begin)
+
+
+def _command_line_of(pid: int) -> tuple[int, int]:
+    """Where it lies in that process's memory. The spawner's is long, and its forks keep that."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[45]), int(fields[46])
 
 
 def _prctl(option: int, value: Any) -> None:

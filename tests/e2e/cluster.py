@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.forked import is_spawner
+from tests.forked import executed_nevertheless, is_spawner
 
 START_LIMIT_S = 90.0
 IDLE_LIMIT_S = 10.0
@@ -114,6 +114,8 @@ def running_cluster(
             log=log,
             access=access or HttpAccess(),
         )
+        slow = executed_nevertheless(cluster.processes())
+        assert not slow, f"imported everything anew, for seconds of CPU: {slow}"
         yield cluster
         if process.poll() is not None:
             return  # the test has stopped it
