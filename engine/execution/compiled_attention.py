@@ -13,16 +13,15 @@ from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.cpu_library import CpuLibrary
 
-_MOST_FLOATS = 1 << 15
-"""Of a KV head's queries, and of their scores in one page: they lie on a thread's stack."""
+_VECTOR = 8
+"""Floats that are computed at a time; a head is a whole number of them."""
 
 
 def can_attend(config: ModelConfig, kv_pool: PageMajorKVPool) -> bool:
-    group = config.num_heads // config.num_kv_heads
     return (
         kv_pool.device.type == "cpu"
         and kv_pool.dtype is torch.float32
-        and group * max(kv_pool.page_size, config.head_dim) <= _MOST_FLOATS
+        and config.head_dim % _VECTOR == 0
     )
 
 

@@ -1,10 +1,11 @@
-"""`Ops` for float32 on a CPU, as the functions of `cpu_kernels.c`."""
+"""`Ops` for float32 on a CPU, as the functions of `cpu_kernels.c` and `cpu_products.c`."""
 
 import torch
 
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.cpu_library import CpuLibrary
 from engine.models.ops import TorchOps
+from engine.models.packed_weights import is_packed, outputs
 
 
 class CpuOps(TorchOps):
@@ -70,3 +71,27 @@ class CpuOps(TorchOps):
         out = gate_up.new_empty((rows, both // 2))
         self._library.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, both // 2)
         return out
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`weight` may be packed; then a row's result is the same, to the bit, whatever rows are
+        computed beside it."""
+        if not is_packed(weight):
+            return super().linear(x, weight, bias)
+        x = x.contiguous()
+        rows, depth = x.shape
+        out = x.new_empty((rows, outputs(weight)))
+        narrow = weight.dtype is torch.bfloat16
+        product = self._library.linear_bfloat16 if narrow else self._library.linear_float32
+        product(
+            *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), rows, outputs(weight), depth),
+        )
+        return out
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        product = self.linear(x, weight)
+        return product if out is None else out.copy_(product)

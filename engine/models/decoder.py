@@ -14,6 +14,7 @@ from engine.models.fused_ops import FUSED_DTYPES, FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps, check_products
 from engine.models.loading import fill_random, load_safetensors, weight_files
 from engine.models.ops import Ops, TorchOps
+from engine.models.packed_weights import packed_weights
 from engine.models.remembered_choices import RememberedChoices
 from engine.models.rope import cos_sin_table
 from engine.models.timing import measured_with
@@ -231,6 +232,8 @@ def load_decoder(
         weights.drop_summed_biases()
     table = cos_sin_table(config.rope, config.head_dim, config.context_length, device)
     ops = _ops_for(table, dtype, deterministic)
+    if isinstance(ops, CpuOps):
+        weights = packed_weights(weights)
     if isinstance(ops, InvariantOps):
         check_products(weights.layers[0].o)
     return Decoder(local, weights, ops, group=group)

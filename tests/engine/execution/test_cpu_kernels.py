@@ -17,6 +17,7 @@ from engine.models import cpu_library as library_module
 from engine.models.cpu_library import CpuLibrary, cpu_library, keep_builds_in
 from engine.models.cpu_ops import CpuOps
 from engine.models.ops import TorchOps
+from engine.models.packed_weights import is_packed, pack, unpack
 from engine.models.rope import RopeConfig, cos_sin_table
 from tests.checkpoints import random_prompt
 from tests.engine.execution.harness import Harness
@@ -71,6 +72,52 @@ def test_norms_and_activations_equal_plain_torch(rows: int, width: int) -> None:
     gate_up = 30 * torch.randn(rows, 2 * width)
     gate_up[0, 0], gate_up[0, 1] = 200.0, -200.0
     torch.testing.assert_close(ours.silu_and_mul(gate_up), plain.silu_and_mul(gate_up))
+
+
+def matrix(outputs: int, inputs: int, *, narrow: bool) -> torch.Tensor:
+    weight = torch.randn(outputs, inputs) / inputs**0.5
+    return weight.bfloat16().float() if narrow else weight
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16 numbers", "float32"])
+def test_a_matrix_is_packed_without_loss_and_as_narrow_as_that_allows(narrow: bool) -> None:
+    weight = matrix(96, 21, narrow=narrow)
+    packed = pack(weight)
+    assert packed.dtype is (torch.bfloat16 if narrow else torch.float32)
+    assert torch.equal(unpack(packed), weight)
+    assert torch.equal(unpack(pack(weight.t().contiguous().t())), weight), "input-major in memory"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16 numbers", "float32"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1536, 96), (80, 896), (48, 12001), (40, 96)])
+def test_products_equal_plain_torch_in_any_number_of_rows(
+    outputs: int, inputs: int, narrow: bool
+) -> None:
+    torch.manual_seed(outputs)
+    plain, ours = ops_of(16)
+    weight, bias = matrix(outputs, inputs, narrow=narrow), torch.randn(outputs)
+    packed = pack(weight)
+    assert is_packed(packed) is (outputs % 16 == 0)
+    for rows in (*range(1, 14), 16, 64, 700):
+        x = torch.randn(rows, inputs)
+        for shift in (None, bias):
+            torch.testing.assert_close(
+                ours.linear(x, packed, shift), plain.linear(x, weight, shift), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16 numbers", "float32"])
+def test_a_row_of_a_product_is_the_same_to_the_bit_whatever_is_beside_it(narrow: bool) -> None:
+    torch.manual_seed(0)
+    ops, packed = ops_of(16)[1], pack(matrix(336, 320, narrow=narrow))
+    x = torch.randn(300, 320)
+    together = ops.linear(x, packed)
+    for first in (0, 7, 298):
+        for count in range(1, 14):
+            rows = slice(first, first + count)
+            assert torch.equal(ops.linear(x[rows], packed), together[rows])
 
 
 @pytest.mark.usefixtures("threads")
