@@ -14,6 +14,9 @@ from engine.models.weights import LayerWeights, ModelWeights
 _PANEL = 16
 """Outputs side by side; `PANEL` of cpu_products.c."""
 
+_CHECKED_ROWS = 1024
+"""Rows compared at a time: a second copy of a whole vocabulary's matrix may not fit."""
+
 _MATRICES = ("qkv", "o", "gate_up", "down")
 
 
@@ -31,12 +34,15 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     rows, depth = weight.shape
     if rows % _PANEL:
         return weight
-    narrow = weight.bfloat16()
-    if torch.equal(narrow.float(), weight):
+    if _all_bfloat16(weight):
         # Outputs 0 and 8, 1 and 9, ... are neighbours: the halves of a 32-bit word.
-        halves = narrow.view(rows // _PANEL, 2, _PANEL // 2, depth).permute(0, 3, 2, 1)
-        return halves.contiguous().view(rows // _PANEL, depth, _PANEL)
+        halves = weight.bfloat16().reshape(rows // _PANEL, 2, _PANEL // 2, depth)
+        return halves.permute(0, 3, 2, 1).contiguous().view(rows // _PANEL, depth, _PANEL)
     return weight.reshape(rows // _PANEL, _PANEL, depth).transpose(1, 2).contiguous()
+
+
+def _all_bfloat16(weight: torch.Tensor) -> bool:
+    return all(torch.equal(part.bfloat16().float(), part) for part in weight.split(_CHECKED_ROWS))
 
 
 def unpack(weight: torch.Tensor) -> torch.Tensor:
@@ -51,13 +57,22 @@ def unpack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_weights(weights: ModelWeights) -> ModelWeights:
-    """All matrices of products packed. The embedding stays: it is looked up by rows."""
+    """All matrices of products packed, one by one: `weights` is used up, so that no second copy of
+    it is ever in memory. The embedding stays: it is looked up by rows."""
+    output = weights.output
     return dataclasses.replace(
         weights,
         layers=tuple(_packed_layer(layer) for layer in weights.layers),
-        output=pack(weights.output),
+        output=pack(output) if output is weights.embedding else _taken(output),
     )
 
 
 def _packed_layer(layer: LayerWeights) -> LayerWeights:
-    return dataclasses.replace(layer, **{name: pack(getattr(layer, name)) for name in _MATRICES})
+    return dataclasses.replace(layer, **{name: _taken(getattr(layer, name)) for name in _MATRICES})
+
+
+def _taken(weight: torch.Tensor) -> torch.Tensor:
+    packed = pack(weight)
+    if packed is not weight:
+        weight.untyped_storage().resize_(0)
+    return packed
