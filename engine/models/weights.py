@@ -5,11 +5,11 @@ product instead of three. A checkpoint's tensors go straight into slices of thes
 holds a second copy of the model.
 
 On a CPU a float32 layer's matrices lie input-major in memory, as transposed views, and stay so
-where there is no compiler for products of packed ones (`packed_weights`): a product of few rows then adds
-up whole rows of the weight instead of one dot product an output. MKL 2024.2 on an AMD EPYC, all
-products of 8 small layers, one thread: 4.3 for 6.1 ms at 1 row, 6.2 for 7.5 at 2, 8.9 for 10.1 at
-8, 9.7 for 13.0 at 16, 21 for 24 at 64, and level for prompts. The vocabulary's matrix stays as it
-is: it is looked up by rows, too.
+where there is no compiler for products of packed ones (`packed_weights`): a product of few rows
+then adds up whole rows of the weight instead of one dot product an output. MKL 2024.2 on an AMD
+EPYC, all products of 8 small layers, one thread: 4.3 for 6.1 ms at 1 row, 6.2 for 7.5 at 2, 8.9 for
+10.1 at 8, 9.7 for 13.0 at 16, 21 for 24 at 64, and level for prompts. The vocabulary's matrix stays
+as it is: it is looked up by rows, too.
 """
 
 from collections.abc import Iterator
