@@ -76,12 +76,12 @@ class RouterMetrics:
             if journey.output_tokens > 1 and times.first_at is not None:
                 decoding_s = times.last_at - times.first_at
                 self._tpot.observe(decoding_s / (journey.output_tokens - 1))
-        self._on_phases(times.phases())
+        self._on_phases(times.phases(), has_second=times.handover_s is not None)
 
-    def _on_phases(self, phases: inference_pb2.Phases) -> None:
-        handed_over = phases.handover_ms > 0
+    def _on_phases(self, phases: inference_pb2.Phases, *, has_second: bool) -> None:
+        # A second token that was there with the first one counts, too: its handover took no time.
         for name in PHASES:
-            if name in ("admission", "reserve", "queue", "prefill", "network") or handed_over:
+            if name in ("admission", "reserve", "queue", "prefill", "network") or has_second:
                 self._phases[name].observe(getattr(phases, f"{name}_ms") / 1e3)
 
     # ---- a scrape -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -12,6 +13,7 @@ from baton import Client
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.version import PROTOCOL_VERSION
 from tests.e2e.cluster import Cluster, running_cluster
+from tests.e2e.worker_status import get_status, wait_for
 
 LONG = 250
 """Tokens that outlast another request's way to the worker, on a fast machine too."""
@@ -70,11 +72,16 @@ class Background:
                     break
         self.ended_at = time.monotonic()
 
-    def __enter__(self) -> "Background":
-        self._thread.start()
-        while len(self.tokens) < 5:
+    def read(self, count: int) -> None:
+        """Waits until that many more tokens have come."""
+        wanted = len(self.tokens) + count
+        while len(self.tokens) < wanted:
             assert self._thread.is_alive()
             time.sleep(0.005)
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        self.read(5)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,10 +108,20 @@ def test_an_important_request_takes_the_only_place_and_the_other_loses_no_token(
 
 
 def test_one_that_is_not_important_enough_waits(cluster: Cluster) -> None:
-    with Background(cluster, priority=5) as low:
-        answer = cluster.complete(prompt=[5, 6], max_tokens=4, temperature=0, priority=0)
-        assert len(low.tokens) == LONG
-    assert answer.status_code == 200
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Background(cluster, priority=5, max_tokens=ENDLESS) as running,
+    ):
+        body = {"prompt": [5, 6], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        asked = pool.submit(cluster.complete, **body, priority=0)
+        worker = cluster.worker("unified")["address"]
+        wait_for(lambda: get_status(worker).waiting == 1, "a request that waits", within_s=30.0)
+        # Two streams to one client tell nothing of who was first, as either may be read late: the
+        # one that runs goes on for as long as the other would have taken many times over.
+        running.read(LONG)
+        assert not asked.done()
+        running.leave()
+        assert asked.result(60.0).status_code == 200
     cluster.wait_until_balanced()
 
 

@@ -111,7 +111,13 @@ async def test_decodes_second_token_may_come_before_prefills_first(cluster: Clus
     result = await cluster.generate(max_tokens=5)
     assert result.ids == expected([1, 2, 3], 5)
     assert result.indices == list(range(5))
-    assert_phases_sum(result.last.report.phases)
+    phases = result.last.report.phases
+    assert_phases_sum(phases)
+    # Nobody waited for the second token: decode's step lies within the time of the first one.
+    assert phases.handover_ms == phases.first_decode_step_ms == 0
+    text = (await cluster.http.get("/metrics")).text
+    assert "baton_handover_seconds_count 1.0" in text
+    assert 'baton_phase_seconds_count{phase="first_decode_step"} 1.0' in text
 
 
 def assert_phases_sum(phases: inference_pb2.Phases) -> None:

@@ -37,26 +37,43 @@ def took_ns(span: trace_pb2.Span) -> int:
     return span.end_time_unix_nano - span.start_time_unix_nano
 
 
+def handed_over(cluster: Cluster) -> tuple[str, str, dict[str, float]]:
+    """A request whose handover took time: (trace id, its client's span id, the phases told to it).
+
+    Where the router reads the first token only together with decode's, which worked meanwhile, no
+    time has passed for the client between the two, and no phase of the handover has a length.
+    """
+    body = {"prompt": list(range(5, 60)), "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    for _ in range(20):
+        trace, parent, header = new_trace()
+        answer = httpx.post(
+            f"{cluster.http}/v1/completions",
+            json=body,
+            headers={"traceparent": header},
+            timeout=60.0,
+        )
+        assert answer.status_code == 200, answer.text
+        told: dict[str, float] = answer.json()["baton"]["phases_ms"]
+        if told["handover"] > 0:
+            return trace, parent, told
+    raise AssertionError("of 20 requests none was handed over in a time that can be measured")
+
+
 def test_phases_are_siblings_that_fill_the_requests_span(
     cluster: Cluster, collector: Collector
 ) -> None:
-    trace, parent, header = new_trace()
-    body = {"prompt": list(range(5, 60)), "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(
-        f"{cluster.http}/v1/completions", json=body, headers={"traceparent": header}, timeout=60.0
-    )
-    assert answer.status_code == 200
+    trace, parent, told = handed_over(cluster)
     request, phases = collector.request_of(trace)
     assert request.parent_span_id.hex() == parent
     assert {span.parent_span_id for span in phases} == {request.span_id}
     names = [span.name for span in phases]
     assert len(names) == len(set(names))
-    assert {"admission", "prefill", "first_decode_step", "decode"} <= set(names)
-    assert set(names) <= {*FIRST_TOKEN, *HANDOVER, "decode"}
+    took_time = {name for name in (*FIRST_TOKEN, *HANDOVER) if told[name] > 0}
+    assert {"admission", "prefill", "first_decode_step"} <= took_time
+    assert set(names) == {*took_time, "decode"}
     assert sum(map(took_ns, phases)) == pytest.approx(took_ns(request), abs=1_000_000)
     for before, after in itertools.pairwise(phases):
         assert before.end_time_unix_nano == pytest.approx(after.start_time_unix_nano, abs=2_000)
-    told = answer.json()["baton"]["phases_ms"]
     for span in phases:
         if span.name != "decode":
             assert took_ns(span) / 1e6 == pytest.approx(told[span.name], abs=1.0)
