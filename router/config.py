@@ -61,7 +61,7 @@ class RouterConfig(TlsSettings):
     for some 0.1 s a MiB of token ids, and a prompt of 500,000 tokens fits. Bytes."""
 
     body_timeout_s: float = 30.0
-    """Longest a client may take to send an HTTP body. Seconds."""
+    """Longest a client may take to send an HTTP body, or the message of a gRPC call. Seconds."""
 
     max_header_bytes: int = 64 << 10
     """Longest head of an HTTP request (431), or metadata of a gRPC call. Bytes."""
@@ -71,6 +71,10 @@ class RouterConfig(TlsSettings):
 
     max_connections: int = 4096
     """Most open HTTP connections; one more takes the place of the longest idle one."""
+
+    max_grpc_connections: int = 4096
+    """Most open connections of a gRPC door, workers' included where they share it; one more is
+    closed at once. A connection carries many requests."""
 
     keepalive_s: float = 20.0
     """A connection silent for this long is probed; a client whose machine vanished is gone, and
@@ -226,6 +230,7 @@ POSITIVE = (
     "max_header_bytes",
     "head_timeout_s",
     "max_connections",
+    "max_grpc_connections",
     "keepalive_s",
     "max_buffered_tokens",
     "send_buffer_bytes",

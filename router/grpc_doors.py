@@ -6,6 +6,7 @@ an API key takes no workers. They have a door of their own then, behind mutual T
 operators there, who need no key.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from protos.door_watch import DoorWatch
 from protos.tls import ServerFiles
 from router import limits, registry_service, service, tls
 from router.core import Router
+from router.slow_senders import SlowSenders
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,17 @@ class _Overview(inference_pb2_grpc.InferenceServicer):
         return await service.server_info_of(self._router)
 
 
-def make_grpc_doors(router: Router, checks: health.HealthServicer) -> GrpcDoors:
-    """Raises OSError: a port cannot be listened on, or a file of TLS cannot be used."""
+def make_grpc_doors(
+    router: Router, checks: health.HealthServicer, *, max_connections: int
+) -> GrpcDoors:
+    """Args: max_connections: of each door.
+
+    Raises OSError: a port cannot be listened on, or a file of TLS cannot be used.
+    """
     config = router.config
     files = tls.clients_files(config)
-    clients = _Door(router, checks, name="grpc", files=files)
+    door = functools.partial(_Door, router, checks, max_connections=max_connections)
+    clients = door(name="grpc", files=files)
     clients.add(service.SERVICE_NAME)
     inference_pb2_grpc.add_InferenceServicer_to_server(
         service.InferenceService(router), clients.server
@@ -63,7 +71,7 @@ def make_grpc_doors(router: Router, checks: health.HealthServicer) -> GrpcDoors:
         port = clients.bind(config.grpc_host, config.grpc_port)
         return GrpcDoors([clients.server], port, port)
     port = clients.bind(config.grpc_host, config.grpc_port)
-    workers = _Door(router, checks, name="workers", files=tls.workers_files(config))
+    workers = door(name="workers", files=tls.workers_files(config))
     workers.add(service.SERVICE_NAME)
     inference_pb2_grpc.add_InferenceServicer_to_server(_Overview(router), workers.server)
     workers.add_registry()
@@ -79,19 +87,23 @@ class _Door:
         router: Router,
         checks: health.HealthServicer,
         *,
+        max_connections: int,
         name: str,
         files: ServerFiles | None,
     ) -> None:
         """`name`: as metrics show it; `files`: of TLS, None: plain text."""
         self._router = router
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
-        watch = DoorWatch() if files is not None else None
+        interceptors: list[Any] = [SlowSenders(router.config.body_timeout_s)]
         self._credentials = None
-        if files is not None and watch is not None:
+        if files is not None:
+            watch = DoorWatch()
             self._credentials = files.credentials(on_connection=watch.on_connection)
             router.metrics.refusals.doors[name] = watch
+            interceptors.insert(0, watch)
         self.server = grpc.aio.server(
-            options=limits.grpc_options(router.config), interceptors=[watch] if watch else []
+            options=limits.grpc_options(router.config, max_connections=max_connections),
+            interceptors=interceptors,
         )
         health_pb2_grpc.add_HealthServicer_to_server(checks, self.server)
 

@@ -3,7 +3,8 @@
 gRPC bounds the rest of its own connections with the options below: whoever connects and does not
 speak HTTP/2 is cut off after `HANDSHAKE_TIMEOUT_MS`, a head or message that is too large is refused
 with RESOURCE_EXHAUSTED, an idle connection is closed in good order, and a client that does not read
-is held by HTTP/2's flow control (the journey's buffer and `write_timeout_s` count from there).
+is held by HTTP/2's flow control (the journey's buffer and `write_timeout_s` count from there). It
+waits for a call's message for ever; `router/slow_senders.py` does not.
 """
 
 import contextlib
@@ -39,8 +40,8 @@ PROBES = 5
 """Unanswered TCP probes after which a connection is dead, sent within half of keepalive_s."""
 
 
-def grpc_options(config: RouterConfig) -> list[tuple[str, Any]]:
-    """Options of a gRPC door."""
+def grpc_options(config: RouterConfig, *, max_connections: int) -> list[tuple[str, Any]]:
+    """Options of a gRPC door. One connection more than `max_connections` is closed at once."""
     keepalive_ms = int(config.keepalive_s * 1e3)
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -48,6 +49,7 @@ def grpc_options(config: RouterConfig) -> list[tuple[str, Any]]:
         ("grpc.absolute_max_metadata_size", config.max_header_bytes),
         # Far above what is admitted: those between are refused with a hint, gRPC gives none.
         ("grpc.max_concurrent_streams", 2 * config.max_queued_requests + SPARE_STREAMS),
+        ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_connection_idle_ms", MAX_IDLE_MS),
         ("grpc.keepalive_time_ms", keepalive_ms),
@@ -78,26 +80,34 @@ def bound_http_socket(listener: socket.socket, config: RouterConfig) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def allow_files(max_connections: int) -> int:
-    """Raises this process's soft limit of open files as far as needed and allowed; returns how many
-    connections it can hold beside `RESERVED_FILES`, at most `max_connections`.
+def allow_files(*max_connections: int) -> list[int]:
+    """Raises this process's soft limit of open files as far as needed and allowed.
+
+    Args:
+        max_connections: of each door.
+
+    Returns:
+        How many connections each door can hold beside `RESERVED_FILES`: as many as asked for, or
+        its share of what is allowed.
     """
     if resource is None:
-        return max_connections
+        return list(max_connections)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + RESERVED_FILES
+    asked = sum(max_connections)
+    wanted = asked + RESERVED_FILES
     if soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
             soft = allowed
     if soft >= wanted:
-        return max_connections
-    fewer = max(1, soft - min(RESERVED_FILES, soft // 2))
+        return list(max_connections)
+    left = soft - min(RESERVED_FILES, soft // 2)
+    fewer = [max(1, left * most // asked) for most in max_connections]
     logger.warning(
-        "only %d files may be open (ulimit -n): max_connections is %d, not %d",
+        "only %d files may be open (ulimit -n): doors take %s connections, not %s",
         soft,
-        fewer,
-        max_connections,
+        " and ".join(map(str, fewer)),
+        " and ".join(map(str, max_connections)),
     )
     return fewer

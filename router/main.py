@@ -61,8 +61,11 @@ class RouterServer:
         """Opens both doors. Raises OSError where an address cannot be listened on."""
         config = self.config
         listener = _listen(config)
+        http_connections, grpc_connections = limits.allow_files(
+            config.max_connections, config.max_grpc_connections
+        )
         try:
-            doors = make_grpc_doors(self.router, self._checks)
+            doors = make_grpc_doors(self.router, self._checks, max_connections=grpc_connections)
             self._grpc = doors.servers
             for server in self._grpc:
                 await server.start()
@@ -70,7 +73,7 @@ class RouterServer:
             listener.close()
             raise
         await self.router.fleet.start()
-        self._http = self._make_http()
+        self._http = self._make_http(max_connections=http_connections)
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http door"),
             asyncio.create_task(self._keep_readiness(), name="readiness"),
@@ -119,13 +122,13 @@ class RouterServer:
     async def __aexit__(self, *error: object) -> None:
         await self.stop(drain_timeout_s=0.0)
 
-    def _make_http(self) -> _HttpServer:
+    def _make_http(self, *, max_connections: int) -> _HttpServer:
         config = self.config
         bounds = ConnectionBounds(
             head_timeout_s=config.head_timeout_s,
             write_timeout_s=config.write_timeout_s,
             max_header_bytes=config.max_header_bytes,
-            max_connections=limits.allow_files(config.max_connections),
+            max_connections=max_connections,
             tls_handshake_s=limits.HANDSHAKE_TIMEOUT_MS / 1e3 if config.tls_cert else 0.0,
             on_refused=self.router.metrics.refusals.http_connection,
         )

@@ -119,7 +119,9 @@ class ChatRequest(TemplateFields, GenerationFields):
     prompt_cache_key: str | None = Field(
         default=None, description="No effect: prefixes are found by their tokens."
     )
-    safety_identifier: str | None = Field(default=None, description="Logged with the request.")
+    safety_identifier: str | None = Field(
+        default=None, description="Logged at level debug, in the place of user."
+    )
 
     @property
     def shown_tools(self) -> list[Tool] | None:

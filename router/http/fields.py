@@ -230,7 +230,7 @@ class GenerationFields(Strict):
     cache_salt: str | None = Field(
         default=None, description="Cached prefixes are shared only with requests of the same salt."
     )
-    user: str | None = Field(default=None, description="Logged with the request.")
+    user: str | None = Field(default=None, description="Logged with the request, at level debug.")
 
     def spec(self, **fields: Any) -> RequestSpec:
         """The request for one choice, as the router takes it.

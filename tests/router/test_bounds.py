@@ -55,6 +55,25 @@ async def dribble(writer: asyncio.StreamWriter, data: bytes) -> None:
             await asyncio.sleep(0.03)
 
 
+def grpc_call(path: bytes, *, message_bytes: int) -> bytes:
+    """How a gRPC client begins a call, up to the first byte of its message."""
+
+    def frame(kind: int, stream: int, payload: bytes, *, flags: int = 0, length: int = 0) -> bytes:
+        size = (length or len(payload)).to_bytes(3, "big")
+        return size + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    named = [(b":path", path), (b":authority", b"x"), (b"te", b"trailers")]
+    named += [(b"content-type", b"application/grpc")]
+    fields = b"".join(b"\0%c%b%c%b" % (len(n), n, len(v), v) for n, v in named)
+    prefix = b"\0" + message_bytes.to_bytes(4, "big")
+    return (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(4, 0, b"")
+        + frame(1, 1, b"\x83\x86" + fields, flags=4)  # POST, http
+        + frame(0, 1, prefix, length=len(prefix) + message_bytes)
+    )
+
+
 async def served(cluster: Cluster) -> None:
     assert (await cluster.complete(max_tokens=3)).status_code == 200
     assert (await cluster.generate(max_tokens=3)).ids == expected([1, 2, 3], 3)
@@ -128,6 +147,23 @@ async def test_a_connection_that_never_reads_its_answer_is_cut_off(
         assert server is not None
         await until(lambda: len(server.server_state.connections) <= 1, timeout_s=LIMIT_S)
         assert stuck.fileno() >= 0
+
+
+async def test_a_grpc_message_that_comes_a_byte_at_a_time_is_cut_off(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = await make_cluster(body_timeout_s=SHORT_S)
+    await cluster.pair()
+    for path in (b"/baton.v1.Inference/Generate", b"/baton.v1.Inference/ListModels"):
+        async with connection(cluster.ports.grpc) as (reader, writer):
+            writer.write(grpc_call(path, message_bytes=1000))
+            slow = asyncio.create_task(dribble(writer, b"\x00" * 1000))
+            await served(cluster)
+            async with asyncio.timeout(LIMIT_S):
+                said = await reader.readuntil(b"body_timeout_s")
+            assert b"did not arrive within 0.3 s" in said
+            slow.cancel()
+    await until(lambda: cluster.router.live == 0)
 
 
 # ---- a reader that stops ------------------------------------------------------------------------
@@ -267,6 +303,20 @@ async def test_where_all_connections_are_busy_one_more_is_told_to_come_again(
     await until(lambda: cluster.router.live == 0)
 
 
+async def test_one_grpc_connection_more_is_closed_and_the_others_are_served(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = await make_cluster(max_grpc_connections=3)
+    await cluster.pair()
+    async with contextlib.AsyncExitStack() as stack:
+        await served(cluster)  # client and workers are one process, whose channels share one
+        for _ in range(2):
+            await stack.enter_async_context(connection(cluster.ports.grpc))
+        more, _ = await stack.enter_async_context(connection(cluster.ports.grpc))
+        assert await closed(more) == b""
+        await served(cluster)
+
+
 async def test_many_idle_connections_disturb_nobody(cluster: Cluster) -> None:
     await cluster.pair()
     async with contextlib.AsyncExitStack() as stack:
@@ -314,9 +364,9 @@ def test_open_files_bound_the_connections(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", change)
-    assert allow_files(1000) == 1000
+    assert allow_files(600, 400) == [600, 400]
     assert limits == [1512, 2048]
-    assert allow_files(4096) == 2048 - 512
+    assert allow_files(4096, 2048) == [1024, 512], "shares of 2048 - 512"
     assert limits == [2048, 2048]
 
 
@@ -351,6 +401,12 @@ async def test_garbage_is_answered_by_the_end_of_the_connection(
 
 
 def test_every_bound_is_a_setting_above_zero() -> None:
-    for name in ("head_timeout_s", "max_connections", "send_buffer_bytes", "max_header_bytes"):
+    for name in (
+        "head_timeout_s",
+        "max_connections",
+        "max_grpc_connections",
+        "send_buffer_bytes",
+        "max_header_bytes",
+    ):
         with pytest.raises(ValueError, match=name):
             RouterConfig(**{name: 0})  # type: ignore[arg-type]
