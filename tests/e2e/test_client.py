@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "baton-tiny"
 FENCE = re.compile(r"^```(python[^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ADDRESS = "127.0.0.1:50051"
-"""As documentation writes it."""
+HTTP = "http://127.0.0.1:8000"
+"""As documentation writes them."""
 
 
 def examples(page: str, kind: str) -> list[str]:
@@ -34,11 +35,12 @@ def examples(page: str, kind: str) -> list[str]:
     return [code for found, code in blocks if found == kind]
 
 
-def run_example(code: str, address: str, directory: Path) -> str:
+def run_example(code: str, address: str, directory: Path, *, http: str = HTTP) -> str:
     """Runs it as a user's script would run; what it printed."""
-    assert ADDRESS in code
+    here = code.replace(ADDRESS, address).replace(HTTP, http)
+    assert here != code
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code.replace(ADDRESS, address)],
+        [sys.executable, "-W", "error", "-c", here],
         cwd=directory,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
@@ -56,12 +58,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("page", ["docs/client.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/client.md", "docs/http.md", "README.md"])
 def test_every_python_example_of_a_page_runs(tiny: Cluster, page: str, tmp_path: Path) -> None:
     codes = examples(page, "python")
     assert codes
     for code in codes:
-        assert run_example(code, tiny.grpc, tmp_path).strip(), f"says nothing:\n{code}"
+        assert run_example(code, tiny.grpc, tmp_path, http=tiny.http).strip(), (
+            f"says nothing:\n{code}"
+        )
     tiny.wait_until_balanced()
 
 
