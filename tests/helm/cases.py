@@ -71,7 +71,10 @@ OPTIONS: dict[str, Values] = {
     "kernel cache": {"prefill": {"cache": {"claimName": "kernels"}}},
     "no budget": {"prefill": {"pdb": {"enabled": False}}, "router": {"pdb": {"enabled": False}}},
     "keda": {"prefill": {"autoscaling": KEDA}, "decode": {"autoscaling": KEDA}},
-    "hpa": {"decode": {"autoscaling": {"kind": "hpa", "metrics": [CPU_METRIC]}}},
+    "hpa": {
+        "prefill": {"autoscaling": {"kind": "hpa", "metrics": [CPU_METRIC]}},
+        "decode": {"autoscaling": {"kind": "hpa", "metrics": [CPU_METRIC]}},
+    },
     "unified": {"prefill": {"enabled": False}, "decode": {"enabled": False},
                 "unified": {"enabled": True, "autoscaling": KEDA}},
     "all roles": {"unified": {"enabled": True}},
@@ -119,6 +122,7 @@ OPTIONS: dict[str, Values] = {
             "dashboard": {"enabled": True},
         }
     },
+    "tls, scraped": {"tls": TLS, "metrics": {"serviceMonitor": {"enabled": True}}},
     "network policy, scraped": {
         "networkPolicy": {"enabled": True, "monitoring": [{"namespaceSelector": {}}]},
     },
