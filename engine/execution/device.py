@@ -40,9 +40,11 @@ def to_device(
     dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor:
     """[n] on `device`, without waiting for the device: pinned memory makes the copy
-    asynchronous."""
+    asynchronous. One value travels with the launch of the kernel that stores it."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
+    if len(values) == 1:
+        return torch.full((1,), values[0], dtype=dtype, device=device)
     pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
     return pinned.to(device, non_blocking=True)
 

@@ -1,11 +1,12 @@
 """A batch's pages in the compressed form that paged kernels read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.execution.device import to_device
 from engine.execution.forward_batch import ForwardBatch
 
 
@@ -52,18 +53,28 @@ def page_table(batch: ForwardBatch, page_size: int) -> PageTable:
     """The batch's page table. Lengths come from the host, page numbers from the device's
     request-to-token table, so that nothing waits."""
     device = batch.req_to_token.device
-    counts = [-(-length // page_size) for length in batch.seq_lens_cpu]
-    owners = [row for row, count in enumerate(counts) for _ in range(count)]
-    first_tokens = [page * page_size for count in counts for page in range(count)]
-    rows = batch.req_pool_indices.index_select(0, to_device(owners, device))
-    slots = batch.req_to_token[rows, to_device(first_tokens, device)]
+    lengths = np.array(batch.seq_lens_cpu, dtype=np.int64)
+    counts = -(-lengths // page_size)
+    indptr = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    pages = np.arange(indptr[-1])
+    # Of each page: whose it is, and its first token there.
+    places = torch.empty((2, len(pages)), dtype=torch.int64, pin_memory=device.type == "cuda")
+    owners_here, first_tokens_here = places.numpy()
+    owners_here[:] = np.repeat(np.arange(len(counts)), counts)
+    first_tokens_here[:] = (pages - np.repeat(indptr[:-1], counts)) * page_size
+    owners, first_tokens = places.to(device, non_blocking=True)
+    rows = batch.req_pool_indices.index_select(0, owners)
+    slots = batch.req_to_token[rows, first_tokens]
     return PageTable(
-        indptr=host_int32([0, *accumulate(counts)]),
+        indptr=host_int32(indptr),
         indices=torch.div(slots, page_size, rounding_mode="floor").to(torch.int32),
-        last_page_len=host_int32([(n - 1) % page_size + 1 for n in batch.seq_lens_cpu]),
+        last_page_len=host_int32((lengths - 1) % page_size + 1),
     )
 
 
-def host_int32(values: list[int]) -> torch.Tensor:
+def host_int32(values: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
     """[n] int32 on the host, pinned where there is a GPU to copy to."""
-    return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    made = torch.empty(len(values), dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    made.numpy()[:] = values
+    return made
