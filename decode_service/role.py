@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from decode_service.reserve_queue import Reservation, ReserveQueue
 from engine.errors import EngineError, OutOfMemoryError
+from engine.execution.forward_batch import LayersDone
 from engine.memory.chain_hash import namespace_hash, page_chain_hashes
 from engine.memory.prefix_cache import LoadBack
 from engine.scheduler.admission import Promise
 from engine.scheduler.req import Req
 from engine.scheduler.role import OwnerKind
+from engine.scheduler.step_result import StepResult
 from engine.types import RequestId
 from kvtransfer.errors import NoSlotsError, TransferError
 from kvtransfer.events import KvEvent, PagesLanded, TransferFailedEvent, WriterFinished
@@ -78,6 +80,8 @@ class DecodeRole(EngineRole):
         self._landings: dict[RequestId, Landing] = {}
         self._joined: dict[RequestId, Landing] = {}
         """Requests that landed, until their first token from here was sent."""
+        self._to_accept: list[tuple[RequestId, list[int]]] = []
+        """Positions of pages that were verified and are still to be acknowledged."""
 
     # ---- messages -------------------------------------------------------------------------------
 
@@ -274,6 +278,20 @@ class DecodeRole(EngineRole):
 
     # ---- landing --------------------------------------------------------------------------------
 
+    def on_step_launched(self, layers_done: Sequence[LayersDone]) -> None:
+        self._accept_last_pages()
+
+    def publish(self, result: StepResult) -> None:
+        super().publish(result)
+        self._accept_last_pages()
+
+    def _accept_last_pages(self) -> None:
+        """Of requests whose pages are all here: nobody waits for that word, and the transfer
+        thread, which it wakes, would share the interpreter with the launch of their first step."""
+        last_pages, self._to_accept = self._to_accept, []
+        for rid, positions in last_pages:
+            self.agent.accept(rid, positions)
+
     def poll(self) -> None:
         super().poll()
         self._admit()
@@ -316,11 +334,15 @@ class DecodeRole(EngineRole):
         if problem:
             self._reject(rid, problem)
             return
-        self.agent.accept(rid, [page.position for page in event.pages])
         landing.verified = time.monotonic()
         landing.verify_s = landing.verified - started
         self.trace.mark(rid, CHECKED, landing.verified)
-        landing.accepted.update(page.position for page in event.pages)
+        positions = [page.position for page in event.pages]
+        landing.accepted.update(positions)
+        if len(landing.accepted) < landing.travelling:
+            self.agent.accept(rid, positions)  # its writer waits for these slots
+        else:
+            self._to_accept.append((rid, positions))
         self._join_if_whole(rid, landing)
 
     def _on_writer_finished(self, rid: RequestId, first_token: int) -> None:

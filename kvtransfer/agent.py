@@ -75,6 +75,8 @@ class _Held:
 
     at_once: bool
     """Whether any thread may start its writes."""
+    behind: bool
+    """Whether they may be queued behind a step."""
     pages: list[int] = field(default_factory=list)
 
     def add(self, pages: Sequence[int]) -> None:
@@ -227,8 +229,10 @@ class TransferAgent:
         if ticket.request_id in self._held:
             raise DuplicateTransferError(f"request {ticket.request_id} is being sent already")
         transport = self._transports.get(ticket.transport)
-        at_once = transport is not None and transport.any_thread
-        self._held[ticket.request_id] = _Held(at_once=at_once)
+        self._held[ticket.request_id] = _Held(
+            at_once=transport is not None and transport.any_thread,
+            behind=transport is not None and transport.writes_behind,
+        )
         self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
 
@@ -242,7 +246,13 @@ class TransferAgent:
         held.add([page.page for page in pages])
         self._tally.moved(request_id, len(pages))
         copy = list(pages)
-        self._start(held, lambda: self.thread.sender.push(request_id, copy))
+
+        def push() -> None:
+            if held.behind:
+                self.thread.look()  # what was queued behind the step has landed, as a rule
+            self.thread.sender.push(request_id, copy)
+
+        self._start(held, push)
 
     def push_layers(self, request_id: str, pages: Sequence[tuple[int, int]], layers: range) -> None:
         """Hands over `layers` of (position, page) whose other layers are still to be computed; the
@@ -254,6 +264,22 @@ class TransferAgent:
         held.add([page for _, page in pages])
         copy = list(pages)
         self._start(held, lambda: self.thread.sender.push_layers(request_id, copy, layers))
+
+    def push_behind(
+        self,
+        request_id: str,
+        pages: Sequence[tuple[int, int]],
+        layers: range,
+        passed: torch.cuda.Event | None,
+    ) -> None:
+        """As `push_layers`, of layers that the device is still to compute: they are final when it
+        has passed the event, and leave then. See `Sender.push_behind`."""
+        held = self._held.get(request_id)
+        if held is None or not held.behind:
+            return
+        held.add([page for _, page in pages])
+        copy = list(pages)
+        self._start(held, lambda: self.thread.sender.push_behind(request_id, copy, layers, passed))
 
     def _start(self, held: _Held, command: Callable[[], None]) -> None:
         """Runs what may start a write of a request: on this thread where its transport lets it."""

@@ -1,7 +1,8 @@
 """cuda_ipc: two GPUs of one host, or two processes on one, and nothing between them but a copy.
 
 The receiver's landing window is an allocation of its own, which the writer maps once, when the two
-are joined. A write is a few copies by the GPU's copy engines (kvtransfer/peer_copy.py).
+are joined. A write is a few copies by the GPU's copy engines (kvtransfer/peer_copy.py), started at
+once or queued on the device behind the layers that compute the pages.
 
 What keeps it honest:
 
@@ -76,6 +77,9 @@ class _Flight:
     peer: str
     copy: PendingCopy
     message: bytes
+    """Empty: it has none."""
+    passed: torch.cuda.Event | None
+    """What the device passes before it begins; None: it has begun."""
 
 
 @dataclass(slots=True)
@@ -83,6 +87,13 @@ class _Writer:
     copier: PeerCopier
     flights: deque[_Flight] = field(default_factory=deque)
     """On one stream, so they end in order."""
+
+    @property
+    def at_work(self) -> bool:
+        if not self.flights:
+            return False
+        passed = self.flights[0].passed
+        return passed is None or bool(passed.query())  # type: ignore[no-untyped-call]
 
 
 def unavailable_reason(device: torch.device) -> str:
@@ -103,6 +114,7 @@ class CudaIpcTransport(Transport):
     loss_ends_writes: ClassVar[bool] = False
     any_thread: ClassVar[bool] = True
     writes_parts: ClassVar[bool] = True
+    writes_behind: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -127,6 +139,7 @@ class CudaIpcTransport(Transport):
         try:
             self._exported = None if landing is None else export_window(landing)
             self._writer = None if pool is None else _Writer(PeerCopier(pool))
+            self._behind = None if pool is None else _Writer(PeerCopier(pool))
         except (TransportError, ValueError, RuntimeError) as error:
             raise TransportUnavailableError(
                 f"transport cuda_ipc does not start: {error}"
@@ -248,8 +261,29 @@ class CudaIpcTransport(Transport):
         *,
         part: tuple[int, int] | None = None,
     ) -> WriteId:
+        return self._start(self._writer, peer, copies, message, part, None)
+
+    def write_behind(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        *,
+        part: tuple[int, int],
+        passed: torch.cuda.Event | None,
+    ) -> WriteId:
+        return self._start(self._behind, peer, copies, b"", part, passed)
+
+    def _start(
+        self,
+        writer: _Writer | None,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        message: bytes,
+        part: tuple[int, int] | None,
+        passed: torch.cuda.Event | None,
+    ) -> WriteId:
         entry = self._peers.get(peer)
-        if entry is None or entry.closing or not entry.windows or self._writer is None:
+        if entry is None or entry.closing or not entry.windows or writer is None:
             raise TransportError(f"cuda_ipc has no landing window of peer {peer}")
         if not copies or not all(0 <= page < self._pages for page, _ in copies):
             raise TransportError("source pages outside the pool")
@@ -257,11 +291,11 @@ class CudaIpcTransport(Transport):
         if part is not None and not 0 <= part[0] < part[1] <= page_bytes:
             raise TransportError(f"bytes {part} of pages of {page_bytes} bytes")
         places = [(page, entry.place(slot, page_bytes)) for page, slot in copies]
-        copy = self._writer.copier.start(places, part)
+        copy = writer.copier.start(places, part, passed)
         write_id = WriteId(self._next_write)
         self._next_write += 1
         entry.writes += 1
-        self._writer.flights.append(_Flight(write_id, peer, copy, message))
+        writer.flights.append(_Flight(write_id, peer, copy, message, passed))
         return write_id
 
     def send(self, peer: str, message: bytes) -> None:
@@ -275,16 +309,17 @@ class CudaIpcTransport(Transport):
                 self._events.append(MessageArrived(peer, data))
             elif peer in self._peers:
                 self._events.append(PeerLost(peer, f"the engine of {peer} closed its socket"))
-        flights = self._writer.flights if self._writer is not None else ()
-        while flights and flights[0].copy.ended():
-            self._end(flights.popleft())
+        for writer in self._writers:
+            while writer.flights and writer.flights[0].copy.ended():
+                self._end(writer.flights.popleft())
         events = list(self._events)
         self._events.clear()
         return events
 
     def _end(self, flight: _Flight) -> None:
         try:
-            self.send(flight.peer, flight.message)
+            if flight.message:
+                self.send(flight.peer, flight.message)
         except TransportError as error:
             self._events.append(WriteFailed(flight.write_id, error.message))
         else:
@@ -294,12 +329,17 @@ class CudaIpcTransport(Transport):
         self._close_if_quiet(flight.peer, entry)
 
     def busy(self) -> bool:
-        return self._writer is not None and bool(self._writer.flights)
+        return any(writer.at_work for writer in self._writers)
+
+    @property
+    def _writers(self) -> list[_Writer]:
+        return [writer for writer in (self._writer, self._behind) if writer is not None]
 
     def close(self) -> None:
-        """Waits for the copies under way, some milliseconds at most."""
-        for flight in self._writer.flights if self._writer is not None else ():
-            flight.copy.wait()
+        """Waits for the copies under way: some milliseconds, and the step that they are behind."""
+        for writer in self._writers:
+            for flight in writer.flights:
+                flight.copy.wait()
         self._links.close()
         for entry in self._peers.values():
             self._unmap(entry)

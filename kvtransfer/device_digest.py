@@ -77,6 +77,8 @@ class DeviceDigester:
         self._lanes: list[_Lane] = []
         self._kernels: dict[tuple[object, ...], Any] = {}
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._later = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        """Of launches that wait for something: those in `stream` do not wait for them."""
 
     def launch(
         self,
@@ -88,12 +90,16 @@ class DeviceDigester:
         weights: tuple[torch.Tensor, torch.Tensor],
         numbers: tuple[int, ...],
         stream: torch.cuda.Stream | None = None,
+        passed: torch.cuda.Event | None = None,
     ) -> DeviceDigests:
         """Starts `kernel` of digest_kernels over each row of each page: a line of `table`
         ([pages, words]) says which, `weights` are its rows' and its words', `numbers` what the
-        layout gives. Behind what `stream` does; None: behind nothing, so whoever wrote the pages
-        must have waited for that.
+        layout gives. Behind what `stream` does, or when the device has passed an event; neither:
+        behind nothing, so whoever wrote the pages must have waited for that.
         """
+        if passed is not None:
+            stream = self._later
+            stream.wait_event(passed)
         stream = stream or self.stream
         count, rows = len(table), len(weights[0])
         lane = self._lane(table.size, count * rows)

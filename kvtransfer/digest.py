@@ -102,11 +102,21 @@ def start_digests(
     layout: PageLayout,
     *,
     stream: torch.cuda.Stream | None = None,
+    passed: torch.cuda.Event | None = None,
 ) -> DeviceDigests:
-    """As `digest_pages` for a pool on CUDA, without waiting; behind what `stream` does, if one is
-    given."""
+    """As `digest_pages` for a pool on CUDA, without waiting; behind what `stream` does, or when the
+    device has passed the event, if one is given."""
     _check(pool, pages, valid_tokens, layout)
-    return _launch(pool, pages, pool, pages, valid_tokens, layout, copy=False, stream=stream)
+    return digester(pool.device).launch(
+        "copy_and_digest",
+        source=words_of(pool),
+        target=words_of(pool),
+        table=_table(pages, pages, valid_tokens),
+        weights=device_weights(layout, pool.device),
+        numbers=_numbers(layout, copy=False),
+        stream=stream,
+        passed=passed,
+    )
 
 
 def queue_digests(
@@ -153,7 +163,14 @@ def copy_and_digest(
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
     if window.device == pool.device:
-        launched = _launch(window, slots, pool, pages, valid_tokens, layout, copy=True)
+        launched = digester(pool.device).launch(
+            "copy_and_digest",
+            source=words_of(window),
+            target=words_of(pool),
+            table=_table(slots, pages, valid_tokens),
+            weights=device_weights(layout, pool.device),
+            numbers=_numbers(layout, copy=True),
+        )
         return as_tensor(launched.wait())
     with torch.cuda.stream(digester(pool.device).stream):
         _copy(window, slots, pool, pages, valid_tokens, layout)
@@ -174,29 +191,6 @@ def _copy(
         source = window[slot].view(layout.rows, layout.row_bytes)[:, :size]
         target = pool[page].view(layout.rows, layout.row_bytes)[:, :size]
         target.copy_(source, non_blocking=True)
-
-
-def _launch(
-    source: torch.Tensor,
-    source_pages: Sequence[int],
-    target: torch.Tensor,
-    target_pages: Sequence[int],
-    valid_tokens: Sequence[int],
-    layout: PageLayout,
-    *,
-    copy: bool,
-    stream: torch.cuda.Stream | None = None,
-) -> DeviceDigests:
-    """One kernel over all rows of all pages; each byte is read once."""
-    return digester(target.device).launch(
-        "copy_and_digest",
-        source=words_of(source),
-        target=words_of(target),
-        table=_table(source_pages, target_pages, valid_tokens),
-        weights=device_weights(layout, target.device),
-        numbers=_numbers(layout, copy=copy),
-        stream=stream,
-    )
 
 
 def _table(

@@ -58,7 +58,7 @@ class Fault:
     polls: int = 5
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Delivery:
     origin: "FakeTransport"
     target: str
@@ -66,8 +66,13 @@ class _Delivery:
     part: tuple[int, int] | None
     message: bytes
     write_id: WriteId | None
+    passed: torch.cuda.Event | None
     due: int
     fault: FaultKind | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.passed is None or bool(self.passed.query())  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
@@ -98,6 +103,7 @@ class FakeTransport(Transport):
     polled: ClassVar[bool] = True
     loss_ends_writes: ClassVar[bool] = False
     writes_parts: ClassVar[bool] = True
+    writes_behind: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -172,6 +178,20 @@ class FakeTransport(Transport):
         self._in_flight[write_id] = peer
         return write_id
 
+    def write_behind(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        *,
+        part: tuple[int, int],
+        passed: torch.cuda.Event | None,
+    ) -> WriteId:
+        write_id = WriteId(self._next_write)
+        self._start(peer, tuple(copies), b"", write_id, part, passed)
+        self._next_write += 1
+        self._in_flight[write_id] = peer
+        return write_id
+
     def send(self, peer: str, message: bytes) -> None:
         self._start(peer, (), message, None)
 
@@ -182,11 +202,13 @@ class FakeTransport(Transport):
         message: bytes,
         write_id: WriteId | None,
         part: tuple[int, int] | None = None,
+        passed: torch.cuda.Event | None = None,
     ) -> None:
         if peer not in self._peers:
             raise TransportError(f"peer {peer} is not connected")
         target = self._network.members[peer]
-        delivery = _Delivery(self, peer, copies, part, message, write_id, target._polls + 1)
+        due = target._polls + 1
+        delivery = _Delivery(self, peer, copies, part, message, write_id, passed, due)
         fault = self._network.fault_for(self.instance_id, message)
         if fault is not None:
             delivery.fault = fault.kind
@@ -205,8 +227,8 @@ class FakeTransport(Transport):
 
     def poll(self) -> list[TransportEvent]:
         self._polls += 1
-        due = [d for d in self._inbox if d.due <= self._polls]
-        self._inbox = [d for d in self._inbox if d.due > self._polls]
+        due = [d for d in self._inbox if d.due <= self._polls and d.has_begun]
+        self._inbox = [d for d in self._inbox if d not in due]
         for delivery in due:
             self._deliver(delivery)
         events, self._events = self._events, []
@@ -232,6 +254,7 @@ class FakeTransport(Transport):
                     delivery.part,
                     delivery.message,
                     None,
+                    None,
                     self._polls + 3,
                 )
                 self._inbox.append(again)
@@ -239,7 +262,8 @@ class FakeTransport(Transport):
         if delivery.fault is FaultKind.FAIL and delivery.write_id is not None:
             delivery.origin._end(delivery.write_id, "scripted failure")
             return
-        self._events.append(MessageArrived(delivery.origin.instance_id, delivery.message))
+        if delivery.message:
+            self._events.append(MessageArrived(delivery.origin.instance_id, delivery.message))
         delivery.origin._end(delivery.write_id, None)
 
     def _land(self, delivery: _Delivery) -> None:

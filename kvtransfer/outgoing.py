@@ -6,12 +6,15 @@ runs out.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
+
+import torch
 
 from kvtransfer.pool_sealer import PendingSeals
-from kvtransfer.states import TransferFailure, TransferState
+from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import Transport, WriteId
 from protos.baton.v1 import kv_pb2
@@ -23,6 +26,9 @@ LONGEST_BEAT_S = 1.0
 
 MAX_TOMBSTONES = 65_536
 """Ended tickets remembered, so that one that was withdrawn early cannot be opened late."""
+
+MAX_ANNOUNCED_PAGES = 512
+"""Most pages that one message announces."""
 
 TicketKey = tuple[str, int]
 """(decode instance, ticket id)."""
@@ -117,6 +123,56 @@ class Outgoing:
     def key(self) -> TicketKey:
         return self.ticket.instance_id, self.ticket.ticket_id
 
+    def early_pages(self, pages: Iterable[tuple[int, int]], first_layer: int) -> list[Early]:
+        """Of (position, page), those whose layers from `first_layer` on may leave now: they go on,
+        or begin and have credit."""
+        chosen = []
+        for position, page in pages:
+            early = self.early.get(position)
+            if early is None and first_layer == 0 and self.credits:
+                early = self.early[position] = Early(page, self.credits.popleft())
+            if early is not None and (early.page, early.layers) == (page, first_layer):
+                chosen.append(early)
+        return chosen
+
+    def next_pages(self, *, at_most: int, all_layers: int) -> tuple[list[SourcePage], int]:
+        """What one write takes, and how many leading layers of it have landed already. Pages of
+        which some have go first, as they need no credit and would keep their slots from all others;
+        then whole ones. `at_most` bounds pages of which something is still to leave."""
+        early: list[SourcePage] = []
+        layers = 0
+        for page in self.pending if self.early else ():
+            begun = self.early.get(page.position)
+            if begun is None or begun.writes:
+                continue
+            if begun.page != page.page:
+                begun.page, begun.layers = page.page, 0  # another page now: all of it, once more
+            if not early:
+                layers = begun.layers
+            if begun.layers == layers:
+                early.append(page)
+        if early:
+            return early[: MAX_ANNOUNCED_PAGES if layers == all_layers else at_most], layers
+        whole = (page for page in self.pending if page.position not in self.early)
+        return list(islice(whole, min(len(self.credits), at_most))), 0
+
+    def slots_for(self, pages: Sequence[SourcePage]) -> list[int]:
+        """Where these of `next_pages` lie, or are to."""
+        begun = [self.early[page.position].slot for page in pages if page.position in self.early]
+        return begun or list(islice(self.credits, len(pages)))
+
+    def take(self, pages: Sequence[SourcePage]) -> None:
+        """They are no longer pending: they are being written, or announced."""
+        for page in pages:
+            if self.pending[0] is page:
+                self.pending.popleft()
+            else:
+                self.pending.remove(page)
+            if self.early.pop(page.position, None) is None:
+                self.credits.popleft()
+        self.state = advance(self.state, Trigger.PAGES) or self.state
+        self.pages += len(pages)
+
     def take_credit(self, credit: kv_pb2.Credit) -> CreditNews:
         """Adds slots that are credited for the first time. A repeated credit may name slots that
         were written meanwhile: taking it would write them twice."""
@@ -160,6 +216,12 @@ class Write:
     """Pages of which it carries such layers."""
     check: PendingSeals | None = None
     """What its source pages hold as they leave; None: nobody asks."""
+    passed: torch.cuda.Event | None = None
+    """What the device passes before it begins; None: it has begun."""
+
+    @property
+    def has_begun(self) -> bool:
+        return self.passed is None or bool(self.passed.query())  # type: ignore[no-untyped-call]
 
     @property
     def checked(self) -> bool:

@@ -42,14 +42,20 @@ class PeerCopier:
         self._stream = torch.cuda.Stream(pool.device, priority=-1)  # type: ignore[no-untyped-call]
 
     def start(
-        self, copies: Sequence[tuple[int, int]], part: tuple[int, int] | None = None
+        self,
+        copies: Sequence[tuple[int, int]],
+        part: tuple[int, int] | None = None,
+        passed: torch.cuda.Event | None = None,
     ) -> PendingCopy:
-        """Copies (page, address of its slot) pairs; `part`: bytes `first .. end - 1` of each alone.
-        Waits for nothing: whoever wrote the pages must have waited for that. Raises TransportError
-        where a copy cannot start, once those before it have ended.
+        """Copies (page, address of its slot) pairs, when the device has `passed` the event; `part`:
+        bytes `first .. end - 1` of each alone. Without an event whoever wrote the pages must have
+        waited for that. Raises TransportError where a copy cannot start, once those before it have
+        ended.
         """
         first, end = part or (0, self._page_bytes)
         with torch.cuda.device(self._device):
+            if passed is not None:
+                self._stream.wait_event(passed)
             try:
                 runs = joined(copies, self._page_bytes, whole=part is None)
                 size = self._page_bytes if part is None else end - first

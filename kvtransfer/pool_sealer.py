@@ -36,10 +36,16 @@ class Sealer(Protocol):
         ...
 
     def start(
-        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+        self,
+        pages: Sequence[int],
+        valid_tokens: Sequence[int],
+        *,
+        behind_step: bool = False,
+        passed: torch.cuda.Event | None = None,
     ) -> PendingSeals:
         """The same without waiting where it `queues`. `behind_step`: of pages as they will be when
-        what this thread has launched on the device has ended."""
+        what this thread has launched on the device has ended, or, where an event is given, when the
+        device has `passed` that."""
         ...
 
 
@@ -85,11 +91,18 @@ class PoolSealer:
         return self._pool.device.type == "cuda"
 
     def start(
-        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+        self,
+        pages: Sequence[int],
+        valid_tokens: Sequence[int],
+        *,
+        behind_step: bool = False,
+        passed: torch.cuda.Event | None = None,
     ) -> PendingSeals:
         if not self.queues:
             return KnownSeals(self.seals(pages, valid_tokens))
         stream = torch.cuda.current_stream(self._pool.device) if behind_step else None
         return QueuedSeals(
-            start_digests(self._pool, pages, valid_tokens, self._layout, stream=stream)
+            start_digests(
+                self._pool, pages, valid_tokens, self._layout, stream=stream, passed=passed
+            )
         )

@@ -5,23 +5,23 @@ Runs on the transfer thread, or in its turn on the scheduler's (`TransferThread.
 a time. Pages are digested once more as they leave: so late that a page
 which was freed and reused while it waited for credit is caught. On CUDA a stream of its own does
 that beside the wire, and a transfer is not complete before each digest was compared: decode, which
-compares its own, hears of the pages no later for it.
+compares its own, hears of the pages no later for it. Pages that left while they were computed
+(kvtransfer/early_writes.py) were sealed just there, and are not digested again.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 
 import torch
 
 from kvtransfer import messages
+from kvtransfer.early_writes import early_writes
 from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent, is_probe
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import (
     CreditNews,
-    Early,
     Outgoing,
     TicketKey,
     Tombstones,
@@ -134,48 +134,57 @@ class Sender:
         """`layers` of these (position, page) are final, others are not: they may leave as far as
         credit and transport allow. The pages follow by `push`, which sends the rest; what does not
         leave now leaves then. Layers come in order from 0 on, and never up to the last."""
-        out = self._live(request_id)
-        if out is None:
-            return
-        transport = self._links.get(out.ticket.instance_id)
-        if transport is None or not transport.writes_parts:
-            return
-        chosen = [
-            early
-            for position, page in pages
-            if (early := self._early_page(out, position, page, layers.start)) is not None
-        ]
-        rows = self._layout.row_bytes * 2
-        part = (layers.start * rows, layers.stop * rows)
-        for start in range(0, len(chosen), self._write_pages):
-            some = chosen[start : start + self._write_pages]
-            copies = [(early.page, early.slot) for early in some]
-            message = messages.written(out.ticket, (), (), so_far=out.pages_written)
-            try:
-                write = transport.write(
-                    out.ticket.instance_id, copies, message.SerializeToString(), part=part
-                )
-            except TransportError as error:
-                self._fail(out, TransferFailure.TRANSPORT, error.message)
-                return
-            for early in some:
-                early.layers = layers.stop
-                early.writes += 1
-            self.early_layers_sent += len(some) * len(layers)
-            key = (transport.name, write)
-            out.writes.add(key)
-            out.last_sent = out.last_written = self._clock()
-            self._writes[key] = Write(out, early=some)
+        self._push_early(request_id, pages, layers)
 
-    def _early_page(
-        self, out: Outgoing, position: int, page: int, first_layer: int
-    ) -> Early | None:
-        early = out.early.get(position)
-        if early is None and first_layer == 0 and out.credits:
-            early = out.early[position] = Early(page, out.credits.popleft())
-        if early is None or (early.page, early.layers) != (page, first_layer):
-            return None
-        return early
+    def push_behind(
+        self,
+        request_id: str,
+        pages: Iterable[tuple[int, int]],
+        layers: range,
+        passed: torch.cuda.Event | None,
+    ) -> None:
+        """As `push_layers`, of layers that are final when the device has passed the event (None:
+        now), which may be all of them: they leave then without anybody's doing, and `push` has
+        nothing to do but to announce their pages."""
+        self._push_early(request_id, pages, layers, behind=True, passed=passed)
+
+    def _push_early(
+        self,
+        request_id: str,
+        pages: Iterable[tuple[int, int]],
+        layers: range,
+        *,
+        behind: bool = False,
+        passed: torch.cuda.Event | None = None,
+    ) -> None:
+        out = self._live(request_id)
+        transport = None if out is None else self._links.get(out.ticket.instance_id)
+        if out is None or transport is None:
+            return
+        if not (transport.writes_behind if behind else transport.writes_parts):
+            return
+        writes = early_writes(
+            out,
+            transport,
+            pages,
+            layers,
+            layout=self._layout,
+            at_most=self._write_pages,
+            behind=behind,
+            passed=passed,
+        )
+        try:
+            for key, write in writes:
+                self._add_write(key, write)
+                self.early_layers_sent += len(write.early) * len(layers)
+        except TransportError as error:
+            self._fail(out, TransferFailure.TRANSPORT, error.message)
+
+    def _add_write(self, key: WriteKey, write: Write) -> None:
+        out = write.out
+        out.writes.add(key)
+        out.last_sent = out.last_written = self._clock()
+        self._writes[key] = write
 
     def complete(self, request_id: str, first_token: int) -> None:
         """Every page was pushed, and the first token is drawn; nothing is written afterwards."""
@@ -314,8 +323,7 @@ class Sender:
         if spoilt or out.state == TransferState.FAILED:
             self._fail_or_settle(out, TransferFailure.MISMATCH, spoilt)
             return
-        out.pages_written += len(write.pages)
-        self.bytes_sent += len(write.pages) * self._layout.page_bytes
+        self._count_written(out, write.pages)
         self._pump(out)
 
     def _fail_or_settle(self, out: Outgoing, failure: TransferFailure, reason: str) -> None:
@@ -344,6 +352,9 @@ class Sender:
         for out in list(self._by_request.values()):
             if out.state == TransferState.FAILED:
                 continue
+            writes = [self._writes[key] for key in out.writes if key in self._writes]
+            if not all(write.has_begun for write in writes):
+                out.last_written = now  # a step that takes long is no silence
             silence = out.silence(now, self._peer_written.get(out.ticket.instance_id, 0.0))
             if silence:
                 self._fail(out, TransferFailure.EXPIRED, silence)
@@ -359,36 +370,38 @@ class Sender:
     # ---- the machine ----------------------------------------------------------------------------
 
     def _pump(self, out: Outgoing) -> None:
-        while out.state != TransferState.FAILED and (pages := self._next_pages(out)):
-            self._write(out, pages)
+        all_layers = self._layout.layers
+        while out.state != TransferState.FAILED:
+            pages, landed = out.next_pages(at_most=self._write_pages, all_layers=all_layers)
+            if not pages:
+                break
+            if landed == all_layers:
+                self._announce(out, pages)
+            else:
+                self._write(out, pages, landed)
         finished = out.first_token is not None and not out.pending and not out.writes
         if finished and not out.complete_sent and out.state != TransferState.FAILED:
             out.complete_sent = True
             self._send_complete(out)
 
-    def _next_pages(self, out: Outgoing) -> list[SourcePage]:
-        """What one write takes: pages whose first layers have landed go first, as they need no
-        credit and would keep their slots from all others; then whole ones."""
-        early: list[SourcePage] = []
-        for page in out.pending if out.early else ():
-            begun = out.early.get(page.position)
-            if begun is None or begun.writes:
-                continue
-            if begun.page != page.page:
-                begun.page, begun.layers = page.page, 0  # another page now: all of it, once more
-            if not early or out.early[early[0].position].layers == begun.layers:
-                early.append(page)
-        if early:
-            return early[: self._write_pages]
-        whole = (page for page in out.pending if page.position not in out.early)
-        return list(islice(whole, min(len(out.credits), self._write_pages)))
+    def _announce(self, out: Outgoing, pages: list[SourcePage]) -> None:
+        """All their bytes have landed. Nothing leaves now, so that a digest of the source would say
+        nothing about them: they were sealed where they left, and decode compares."""
+        self._trace(out.ticket.request_id, STARTED)
+        slots = out.slots_for(pages)
+        self._send(out, messages.written(out.ticket, pages, slots, so_far=out.pages_written))
+        self._trace(out.ticket.request_id, WRITTEN)
+        out.take(pages)
+        self._count_written(out, pages)
 
-    def _write(self, out: Outgoing, pages: list[SourcePage]) -> None:
-        begun = [out.early[page.position] for page in pages if page.position in out.early]
-        slots = [early.slot for early in begun] or list(islice(out.credits, len(pages)))
-        part = None
-        if begun and begun[0].layers:
-            part = (begun[0].layers * 2 * self._layout.row_bytes, self._layout.page_bytes)
+    def _count_written(self, out: Outgoing, pages: Sequence[SourcePage]) -> None:
+        out.pages_written += len(pages)
+        self.bytes_sent += len(pages) * self._layout.page_bytes
+
+    def _write(self, out: Outgoing, pages: list[SourcePage], landed: int) -> None:
+        """`landed`: leading layers that are there already."""
+        slots = out.slots_for(pages)
+        part = (landed * 2 * self._layout.row_bytes, self._layout.page_bytes) if landed else None
         message = messages.written(out.ticket, pages, slots, so_far=out.pages_written)
         transport = self._links.get(out.ticket.instance_id)
         if transport is None:
@@ -409,22 +422,11 @@ class Sender:
         except TransportError as error:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
             return
-        for page in pages:
-            if out.pending[0] is page:
-                out.pending.popleft()
-            else:
-                out.pending.remove(page)
-            if out.early.pop(page.position, None) is None:
-                out.credits.popleft()
-        out.state = advance(out.state, Trigger.PAGES) or out.state
-        out.pages += len(pages)
+        out.take(pages)
         self._trace(out.ticket.request_id, STARTED)
         if sealer is not None and sealer.queues:
             check = _start_check(sealer, pages)  # the wire is at work meanwhile
-        key = (transport.name, write_id)
-        out.writes.add(key)
-        out.last_sent = out.last_written = self._clock()
-        self._writes[key] = Write(out, pages, check=check)
+        self._add_write((transport.name, write_id), Write(out, pages, check=check))
 
     def _fail(self, out: Outgoing, failure: TransferFailure, detail: str) -> None:
         state = advance(out.state, Trigger.FAILURE)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -81,14 +82,17 @@ class TransferThread:
         self._emit = emit
         self._clock = clock
         self._device = device
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], object]] = deque()
         self._signal = threading.Event()
         self._turn = threading.Lock()
         """Held by whoever runs commands or looks at transports."""
         self._stopping = False
+        self._resting_s = 0.0
+        """How long the thread sleeps unless it is woken; known to who has the turn."""
         self._last_tick = clock()
         for transport in self._transports.values():
-            transport.bind(self._signal.set)
+            here = partial(self._arrived, transport)
+            transport.bind(here if transport.any_thread else self._signal.set)
         self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
 
     def start(self) -> None:
@@ -111,12 +115,12 @@ class TransferThread:
         for transport in self._transports.values():
             transport.close()
 
-    def do(self, command: Callable[[], None]) -> None:
+    def do(self, command: Callable[[], object]) -> None:
         """Any thread: runs `command` on this one, in order, soon."""
         self._commands.append(command)
         self._signal.set()
 
-    def do_now(self, command: Callable[[], None]) -> None:
+    def do_now(self, command: Callable[[], object]) -> None:
         """Any thread: runs `command` on the calling one where this one sleeps and owes nothing,
         else on this one, in order, soon.
 
@@ -131,9 +135,25 @@ class TransferThread:
                 self._commands.append(command)
             else:
                 command()
+            too_long = self._pause(self._resting_s) < self._resting_s
         finally:
             self._turn.release()
-        self._signal.set()
+        if self._commands or too_long:
+            self._signal.set()
+
+    def _arrived(self, transport: Transport) -> None:
+        """A thread of the transport's own: takes up what it has heard, rather than wake this one,
+        which would wake the scheduler's in its turn."""
+        try:
+            if self._device is not None and self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            self.do_now(partial(self._look_at, transport))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        logger.exception("the KV transfer thread stopped")
+        self._emit(TransferThreadFailed(detail=f"{type(error).__name__}: {error}"))
 
     def wake(self) -> None:
         """Any thread: makes this one look around now."""
@@ -149,12 +169,12 @@ class TransferThread:
             try:
                 with self._turn:
                     worked = self.step()
+                    pause = MIN_POLL_S if worked else min(pause * 2, MAX_POLL_S)
+                    self._resting_s = self._pause(pause)
             except Exception as error:
-                logger.exception("the KV transfer thread stopped")
-                self._emit(TransferThreadFailed(detail=f"{type(error).__name__}: {error}"))
+                self._fail(error)
                 return
-            pause = MIN_POLL_S if worked else min(pause * 2, MAX_POLL_S)
-            self._signal.wait(self._pause(pause))
+            self._signal.wait(self._resting_s)
             self._signal.clear()
 
     def _pause(self, active_pause: float) -> float:
@@ -175,9 +195,7 @@ class TransferThread:
             self._commands.popleft()()
             worked = True
         for transport in self._transports.values():
-            for event in transport.poll():
-                self._dispatch(transport, event)
-                worked = True
+            worked |= self._look_at(transport)
         worked |= self.sender.poll()
         if self._clock() - self._last_tick >= TICK_S:
             self._last_tick = self._clock()
@@ -185,6 +203,18 @@ class TransferThread:
             self.receiver.tick()
             self.prober.tick()
         return worked
+
+    def look(self) -> None:
+        """For commands: takes up what transports know that any thread may ask."""
+        for transport in self._transports.values():
+            if transport.writes_behind:
+                self._look_at(transport)
+
+    def _look_at(self, transport: Transport) -> bool:
+        events = transport.poll()
+        for event in events:
+            self._dispatch(transport, event)
+        return bool(events)
 
     def _dispatch(self, transport: Transport, event: TransportEvent) -> None:
         match event:

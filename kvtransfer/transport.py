@@ -74,6 +74,9 @@ class Transport(ABC):
     writes_parts: ClassVar[bool] = False
     """Whether `write` takes a part of each page, so that finished layers may leave early."""
 
+    writes_behind: ClassVar[bool] = False
+    """Whether it has `write_behind`, so that pages may leave while they are computed."""
+
     landing: torch.Tensor | None = None
     """Memory that peers' writes land in, [slots, page_bytes] uint8; None on a side that exposes
     none. Further windows (`open_landing`) are not part of it."""
@@ -116,6 +119,19 @@ class Transport(ABC):
         Called only for slots that the peer has granted. Raises TransportError where it cannot
         start; nothing has been read then.
         """
+
+    def write_behind(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        *,
+        part: tuple[int, int],
+        passed: torch.cuda.Event | None,
+    ) -> WriteId:
+        """As `write`, of that part and without a message, but begun by the device itself when it
+        has passed the event (None: at once): the host has no part in it. Such writes begin in the
+        order of their calls, and none waits for `write`'s."""
+        raise TransportError(f"transport {self.name} cannot queue writes behind a step")
 
     @abstractmethod
     def send(self, peer: str, message: bytes) -> None:

@@ -7,12 +7,18 @@ client; the source pages stay owned until decode has acknowledged them.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from engine.errors import EngineError, QueueFullError
+from engine.execution.forward_batch import LayersDone
 from engine.memory.chain_hash import namespace_hash, page_chain_hashes
 from engine.scheduler.deadlines import Deadlines
 from engine.scheduler.req import FinishReason, Req, RequestPhase
+from engine.scheduler.step_result import StepResult
 from engine.scheduler.waiting_queue import Key, WaitingQueue
 from engine.types import RequestId
 from kvtransfer.errors import TransferError
@@ -39,6 +45,15 @@ class Handover:
     """The transfer is lost or not wanted; the pages stay owned until the writer is quiet."""
 
 
+class LaunchedExtend(NamedTuple):
+    """See `SchedulerRole.on_extend_launched`."""
+
+    req: Req
+    start: int
+    end: int
+    draws: bool
+
+
 class PrefillRole(EngineRole):
     """Runs in a prefill engine."""
 
@@ -53,6 +68,9 @@ class PrefillRole(EngineRole):
         self._extends: dict[RequestId, deque[tuple[range, Sealing]]] = {}
         """Of each extend that is launched, oldest first: the positions of the pages that it makes
         whole, and the seals of those that it computes."""
+        self._launched: list[LaunchedExtend] = []
+        """Of the step launched last, until its part is done here."""
+        self._layers_done: Sequence[LayersDone] = ()
         self._seals = SealStore(parts)
         parts.memory.tree_cache.seals = self._seals
         by_priority = parts.config.enable_priority_scheduling
@@ -186,23 +204,55 @@ class PrefillRole(EngineRole):
 
     def on_layers_done(self, req: Req, *, layers: range, start: int, end: int) -> None:
         # The last layers leave with the whole pages, whose seals cover all of them.
-        layout = self.parts.layout
-        handover = self._handovers.get(req.rid)
-        if layers.stop >= layout.layers or handover is None:
+        if layers.stop >= self.parts.layout.layers:
             return
-        if handover.ticket is None or handover.given_up:
-            return
-        size = layout.page_size
-        stop = -(-end // size) if end == req.seqlen else end // size
-        first = max(start, handover.ticket.decode_prefix_len) // size
-        pages = [(position, req.pages[position]) for position in range(first, stop)]
+        pages = self._leaving(req, start=start, end=end)
         if pages:
             self.agent.push_layers(req.rid, pages, layers)
 
+    def _leaving(self, req: Req, *, start: int, end: int) -> list[tuple[int, int]]:
+        """(position, page) of what an extend makes whole and decode does not hold; none where
+        nothing is to leave."""
+        handover = self._handovers.get(req.rid)
+        if handover is None or handover.ticket is None or handover.given_up:
+            return []
+        size = self.parts.layout.page_size
+        stop = -(-end // size) if end == req.seqlen else end // size
+        first = max(start, handover.ticket.decode_prefix_len) // size
+        return [(position, req.pages[position]) for position in range(first, stop)]
+
     def on_extend_launched(self, req: Req, *, start: int, end: int, draws: bool) -> None:
-        # The host does its part now, while the device computes: afterwards a client waits.
-        launched = self._extends.setdefault(req.rid, deque())
-        launched.append(self._begin_sealing(req, start=start, end=end, prompt_done=draws))
+        self._launched.append(LaunchedExtend(req, start, end, draws))
+
+    def on_step_launched(self, layers_done: Sequence[LayersDone]) -> None:
+        # The host does its part while the device computes: afterwards a client waits. But those of
+        # the step before wait now.
+        self._layers_done = layers_done
+        if not layers_done:
+            self._queue_behind_step()
+
+    def publish(self, result: StepResult) -> None:
+        super().publish(result)
+        self._queue_behind_step()
+
+    def _queue_behind_step(self) -> None:
+        """Seals what the step launched last computes, and lets it leave, in time: when the device
+        has come so far."""
+        launched = [extend for extend in self._launched if extend.req.rid in self._reqs]
+        self._launched.clear()
+        layers_done, self._layers_done = self._layers_done, ()
+        computed_at = layers_done[-1].passed if layers_done else None
+        for extend in launched:
+            extends = self._extends.setdefault(extend.req.rid, deque())
+            extends.append(self._begin_sealing(extend, computed_at))
+        first = 0
+        for layers, passed in layers_done:
+            for extend in launched:
+                pages = self._leaving(extend.req, start=extend.start, end=extend.end)
+                # A request of one token has no decode.
+                if pages and extend.req.remaining_new_tokens > 1:
+                    self.agent.push_behind(extend.req.rid, pages, range(first, layers), passed)
+            first = layers
 
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
@@ -210,6 +260,8 @@ class PrefillRole(EngineRole):
         # Sealed whatever becomes of the request: the prefix cache may lend its pages to another.
         if prompt_done:
             self.trace.mark(req.rid, COMPUTED)
+        if not self._extends.get(req.rid):
+            self._queue_behind_step()
         fresh, sealing = self._extends[req.rid].popleft()
         self._seals.finish(sealing)
         if prompt_done:
@@ -235,17 +287,18 @@ class PrefillRole(EngineRole):
             self.trace.mark(req.rid, PUSHED)
 
     def _begin_sealing(
-        self, req: Req, *, start: int, end: int, prompt_done: bool
+        self, extend: LaunchedExtend, computed_at: torch.cuda.Event | None
     ) -> tuple[range, Sealing]:
         """Extends the request's chain over the pages that this extend makes whole (at the prompt's
-        end, over the last one, too), and seals those that it computes. Returns the positions of
-        all of them, pages of a cached prefix included: these carry the seal of whoever computed
-        them.
+        end, over the last one, too), and seals those that it computes: when the device has passed
+        `computed_at`, or has ended the step. Returns the positions of all of them, pages of a
+        cached prefix included: these carry the seal of whoever computed them.
         """
+        req, start, end = extend.req, extend.start, extend.end
         layout = self.parts.layout
         size = layout.page_size
         chain = self._chains.setdefault(req.rid, [])
-        stop = -(-end // size) if prompt_done else end // size
+        stop = -(-end // size) if extend.draws else end // size
         fresh = range(len(chain), stop)
         ids = req.token_ids(end)[fresh.start * size : stop * size]
         previous = chain[-1] if chain else namespace_hash(req.extra_key)
@@ -255,6 +308,7 @@ class PrefillRole(EngineRole):
             req.pages[computed.start : computed.stop],
             chain[computed.start : computed.stop],
             [layout.valid_tokens(position, end) for position in computed],
+            passed=computed_at,
         )
 
     def _push(self, req: Req, ticket: Ticket, fresh: range) -> None:

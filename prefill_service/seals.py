@@ -8,6 +8,8 @@ can never be sent under the seal of what it held before.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from engine.memory.page_allocator import PageAllocator
 from kvtransfer.pool_sealer import PendingSeals
 from kvtransfer.ticket import SourcePage
@@ -48,14 +50,20 @@ class SealStore:
         self._seals: dict[int, _Seal] = {}
 
     def begin(
-        self, pages: Sequence[int], chain: Sequence[bytes], valid: Sequence[int]
+        self,
+        pages: Sequence[int],
+        chain: Sequence[bytes],
+        valid: Sequence[int],
+        *,
+        passed: torch.cuda.Event | None = None,
     ) -> "Sealing":
-        """Of pages whose KV is being computed: a GPU seals them right behind the step, so that
-        nobody waits for that afterwards. `finish` follows when the step has ended, or nothing."""
+        """Of pages whose KV is being computed: a GPU seals them right behind the step, or when it
+        has `passed` the event, so that nobody waits for that afterwards. `finish` follows when the
+        step has ended, or nothing."""
         generations = [self._allocator.generation(page) for page in pages]
         pending = None
         if pages and self._sealer.queues:
-            pending = self._sealer.start(pages, valid, behind_step=True)
+            pending = self._sealer.start(pages, valid, behind_step=True, passed=passed)
         return Sealing(list(pages), generations, list(chain), list(valid), pending)
 
     def finish(self, sealing: "Sealing") -> None:

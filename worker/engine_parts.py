@@ -208,6 +208,8 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             channel=process.channel,
             links=ranks.transfer_links,
         )
+    if sends and any(transport.writes_behind for transport in transports.by_name.values()):
+        runner.mark_layers()
     place = rank_place(config, layout, transfer_memory.kv_heads, rank=0)
     kv = RankKv(pool.as_bytes(), place)
     kv.compile_kernels(None if transports.window is None else transports.window.memory)

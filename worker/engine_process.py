@@ -70,6 +70,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     let_threads_alternate()
+    _give_streams_queues()
     channel_fd, window_fd, outbox_fd = map(int, arguments)
     channel = EngineChannel(
         socket.socket(fileno=channel_fd), on_closed=lambda: os._exit(EXIT_FRONT_GONE)
@@ -114,6 +115,12 @@ def let_threads_alternate() -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
+
+
+def _give_streams_queues() -> None:
+    """Before CUDA is first used. Streams beyond as many share queues of the device, and what leaves
+    behind one step would wait for the next one's kernels; there are a dozen here."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def _first_message(channel: EngineChannel) -> dict[str, Any]:

@@ -59,10 +59,15 @@ class RankKv:
             copy_and_digest(window, [0], pool, [0], [layout.page_size], layout)
 
     def start_seals(
-        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool
+        self,
+        pages: Sequence[int],
+        valid_tokens: Sequence[int],
+        *,
+        behind_step: bool,
+        passed: torch.cuda.Event | None,
     ) -> PendingSeals:
         sealer = PoolSealer(self.pool, self.place.layout)
-        return sealer.start(pages, valid_tokens, behind_step=behind_step)
+        return sealer.start(pages, valid_tokens, behind_step=behind_step, passed=passed)
 
     # ---- answers of a following rank ----------------------------------------------------------
 
@@ -103,12 +108,17 @@ class RankSealer:
         return not self._links and self._local.pool.device.type == "cuda"
 
     def start(
-        self, pages: Sequence[int], valid_tokens: Sequence[int], *, behind_step: bool = False
+        self,
+        pages: Sequence[int],
+        valid_tokens: Sequence[int],
+        *,
+        behind_step: bool = False,
+        passed: torch.cuda.Event | None = None,
     ) -> PendingSeals:
         """Waits where there are other ranks, whose answers come over their links."""
         if self._links:
             return KnownSeals(self.seals(pages, valid_tokens))
-        return self._local.start_seals(pages, valid_tokens, behind_step=behind_step)
+        return self._local.start_seals(pages, valid_tokens, behind_step=behind_step, passed=passed)
 
 
 class RankLander:

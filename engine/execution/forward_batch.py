@@ -6,7 +6,7 @@ sees a request.
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -129,6 +129,14 @@ class TokenLogprobs:
     """[n, k] float32; theirs."""
 
 
+class LayersDone(NamedTuple):
+    """A point of a step: what it writes into the pool for its first `layers` layers is there."""
+
+    layers: int
+    passed: torch.cuda.Event | None
+    """Recorded there; None: the step was computed while it was launched."""
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
     """One drawn token a request: after the last input token of each."""
@@ -141,6 +149,8 @@ class ForwardResult:
     """Of the rows that `SamplingBatch.top` names, in that order."""
     prompt: TokenLogprobs | None = None
     """Of `ForwardBatch.prompt_targets`."""
+    layers_done: tuple[LayersDone, ...] = ()
+    """Ascending, up to the last layer; empty where the runner does not mark its layers."""
 
     def start_copy(self) -> "PendingResult":
         """Called once, right after the step was launched: everything is on its way to the host,

@@ -26,6 +26,7 @@ from engine.execution.forward_batch import (
     ForwardBatch,
     ForwardMode,
     ForwardResult,
+    LayersDone,
     PromptTargets,
     TokenLogprobs,
 )
@@ -49,6 +50,11 @@ from engine.model_config import ModelConfig
 from engine.models.decoder import BetweenLayers, Decoder, load_decoder
 from engine.parallel.group import ALONE, TensorGroup
 from engine.types import KvCacheDtype
+
+LAST_LAYERS = 2
+"""Of a prompt's step, told of by themselves: so few that their KV has left when the step has ended,
+and enough to be computed while that of all others leaves. (Computing an 8B's KV takes an H200 sixty
+times as long as handing it to another.)"""
 
 PROMPT_LOGITS_TOKENS = 256
 """Prompt tokens whose logits exist at a time: 128 MiB in float32 for a vocabulary of 131,072, and
@@ -84,6 +90,14 @@ class ModelRunner:
         self._by_token = deterministic and kv_pool.device.type != "cuda"
         self._split: tuple[int, BetweenLayers] | None = None
         """The next layer of a step that runs in parts, and what the one before left."""
+        self._marked_layers: tuple[int, ...] = ()
+        self._layers_done: list[LayersDone] = []
+
+    def mark_layers(self) -> None:
+        """Prompts' steps tell from now on when their layers are done (`ForwardResult.layers_done`):
+        all but the last few, and all."""
+        early = self.num_layers - LAST_LAYERS
+        self._marked_layers = (early, self.num_layers) if early > 0 else (self.num_layers,)
 
     @property
     def num_layers(self) -> int:
@@ -108,10 +122,14 @@ class ModelRunner:
         Raises StepMemoryError where memory does not suffice even for parts of the step. (Several
         ranks cannot go on after one of them left a step in the middle: torch's error passes.)
         """
+        self._layers_done.clear()
         if self.decoder.num_ranks > 1:
             return self._forward_whole(batch)
         try:
-            return self._forward_whole(batch)
+            result = self._forward_whole(batch)
+            if not self._layers_done:
+                return result
+            return replace(result, layers_done=tuple(self._layers_done))
         except torch.OutOfMemoryError:
             pass  # what the error refers to must be gone before the next attempt
         hidden = in_parts(batch, lambda part: self._hidden(part, None))
@@ -239,7 +257,19 @@ class ModelRunner:
         attention.plan(batch)
         rows = pool.rows(batch.out_cache_loc)
         positions = batch.positions
+        whole = len(layers) == self.num_layers and batch.forward_mode.is_extend()
+        for layer in self._marked_layers if whole else ():
+            layers, part = range(layer, layers.stop), range(layers.start, layer)
+            state = decoder.run_layers(part, state, positions, rows, pool, attention, last_tokens)
+            self._layers_done.append(LayersDone(layer, self._event()))
         return decoder.run_layers(layers, state, positions, rows, pool, attention, last_tokens)
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.kv_pool.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _hidden_states(self, state: BetweenLayers, tokens: torch.Tensor | None) -> torch.Tensor:
         if self._by_token:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from engine.errors import EngineError
+    from engine.execution.forward_batch import LayersDone
     from engine.scheduler.admission import Promise
     from engine.scheduler.req import Req
     from engine.scheduler.scheduler import Scheduler
@@ -38,11 +39,17 @@ class SchedulerRole:
         `abort_request`, `add_prebuilt` and `release_request`; must not block."""
 
     def on_extend_launched(self, req: Req, *, start: int, end: int, draws: bool) -> None:
-        """Called when all of an extend is on its way to the device, in the current stream: the KV
-        of positions `start .. end - 1`, in `req.pages`; `draws`: they are the prompt's last. Work
-        may be queued behind it there. `on_extend_result` follows for each of them, in this order,
-        but for a request that has ended meanwhile. Must not wait for the device.
+        """Called when all of an extend is on its way to the device: the KV of positions
+        `start .. end - 1`, in `req.pages`; `draws`: they are the prompt's last. `on_step_launched`
+        follows at once, and later `on_extend_result` for each of them, in this order, but for a
+        request that has ended meanwhile.
         """
+
+    def on_step_launched(self, layers_done: Sequence[LayersDone]) -> None:
+        """Called when all of a step is on its way to the device, in the current stream, after
+        `on_extend_launched` of its extends: from now on the host has time, and work may be queued
+        behind the step or behind its first layers (`ForwardResult.layers_done`). Must not wait for
+        the device."""
 
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None

@@ -85,6 +85,7 @@ class Scheduler(SchedulerRequests):
             self._lifecycle.events.num_input_tokens += self._split.launch_part()
             if self._split.batch is None:
                 self._tell_of_extends(self._in_flight.newest)
+            self.role.on_step_launched(())
             return
         step = self._in_flight.begin(batch)
         # Where a grammar has a say, the draw waits for the tokens before; the layers do not.
@@ -95,6 +96,7 @@ class Scheduler(SchedulerRequests):
         self._in_flight.launched(step, batch, result)
         self._lifecycle.events.num_input_tokens += batch.num_input_tokens
         self._tell_of_extends(step)
+        self.role.on_step_launched(result.layers_done)
 
     def _tell_of_extends(self, step: LaunchedStep) -> None:
         for req, span in zip(step.reqs, step.spans, strict=False):

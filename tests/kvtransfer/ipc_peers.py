@@ -18,6 +18,8 @@ from kvtransfer.transport import MessageArrived, PeerLost, WriteDone, WriteFaile
 LAYOUT = PageLayout(layers=32, page_size=64, kv_heads=8, head_dim=128, itemsize=2)
 """An 8B Llama's: pages of 8 MiB."""
 PAGES = 32
+STEP_CYCLES = 10_000_000
+"""Of a kernel that stands for a step: 5 ms."""
 STORM_WRITES = 64
 """Writes that are queued when a process dies: some 40 ms of work."""
 
@@ -48,6 +50,29 @@ def writer_main(pipe: Connection, device: int) -> None:
         pipe.send(("ended", (early, _outcome(transport))))
         pipe.send(("sums", [checksum(pool[page]) for page in pages]))
 
+    def computing(pages: list[int]) -> torch.cuda.Event:
+        """A kernel that takes a while, and one behind it that fills the pages anew."""
+        torch.cuda._sleep(STEP_CYCLES)
+        for page in pages:
+            pool[page].random_(0, 256)
+        computed = torch.cuda.Event()
+        computed.record()
+        return computed
+
+    def write_behind(peer: str, pages: list[int]) -> None:
+        copies = [(page, slot) for slot, page in enumerate(pages)]
+        middle = LAYOUT.page_bytes // LAYOUT.layers * 10
+        first = computing(pages)
+        transport.write_behind(peer, copies, part=(0, middle), passed=first)
+        torch.cuda._sleep(STEP_CYCLES)
+        second = torch.cuda.Event()
+        second.record()
+        rest = (middle, LAYOUT.page_bytes)
+        transport.write_behind(peer, copies, part=rest, passed=second)
+        busy = transport.busy()
+        pipe.send(("ended", (busy, _outcomes(transport, 2))))
+        pipe.send(("sums", [checksum(pool[page]) for page in pages]))
+
     def storm(peer: str, seconds: float) -> None:
         """Writes on, also to a peer that has died: (done, failed, lost)."""
         copies = [(page, page) for page in range(PAGES)]
@@ -56,7 +81,11 @@ def writer_main(pipe: Connection, device: int) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end or in_flight:
             while in_flight < 4 and time.monotonic() < end:
-                transport.write(peer, copies, b"storm")
+                if in_flight % 2:
+                    transport.write(peer, copies, b"storm")
+                else:
+                    whole = (0, LAYOUT.page_bytes)
+                    transport.write_behind(peer, copies, part=whole, passed=computing([]))
                 in_flight += 1
             for event in transport.poll():
                 if isinstance(event, WriteDone | WriteFailed):
@@ -71,9 +100,17 @@ def writer_main(pipe: Connection, device: int) -> None:
         copies = [(page, page) for page in range(PAGES)]
         for _ in range(STORM_WRITES):
             transport.write(peer, copies, b"last words")
+        whole = (0, LAYOUT.page_bytes)
+        transport.write_behind(peer, copies, part=whole, passed=computing([0]))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    commands = {"write": write, "write_parts": write_parts, "storm": storm, "die": die}
+    commands = {
+        "write": write,
+        "write_parts": write_parts,
+        "write_behind": write_behind,
+        "storm": storm,
+        "die": die,
+    }
     while True:
         name, arguments = pipe.recv()
         if name == "stop":
@@ -89,12 +126,18 @@ def writer_main(pipe: Connection, device: int) -> None:
 
 def _outcome(transport: CudaIpcTransport) -> tuple[str, str]:
     """What became of the one write under way."""
-    while True:
+    return _outcomes(transport, 1)[0]
+
+
+def _outcomes(transport: CudaIpcTransport, count: int) -> list[tuple[str, str]]:
+    ends: list[tuple[str, str]] = []
+    while len(ends) < count:
         for event in transport.poll():
             if isinstance(event, WriteDone):
-                return "done", ""
-            if isinstance(event, WriteFailed):
-                return "failed", event.reason
+                ends.append(("done", ""))
+            elif isinstance(event, WriteFailed):
+                ends.append(("failed", event.reason))
+    return ends
 
 
 def reader_main(pipe: Connection, device: int) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvtransfer.events import TransferThreadFailed
 from kvtransfer.transfer_thread import TransferThread
-from tests.kvtransfer.pair import Pair
+from tests.kvtransfer.pair import DECODE, PREFILL, Pair
 
 
 @pytest.fixture
@@ -84,3 +85,47 @@ def test_a_thread_that_has_not_begun_finds_it_later() -> None:
     assert ran == []
     agent.thread.step()
     assert ran == [1]
+
+
+def test_what_a_transport_hears_is_taken_up_on_its_own_thread() -> None:
+    pair = Pair()
+    pair.step()
+    thread, network = pair.decode.thread, pair.network.members
+    heard_on: list[int] = []
+    thread.on_message = lambda peer, data: heard_on.append(threading.get_ident())  # type: ignore[method-assign]
+    pair.decode.start()
+
+    def tried() -> bool:
+        # The fake one is polled as well, so the transfer thread may come first.
+        asleep(thread)
+        heard_on.clear()
+        network[PREFILL].send(DECODE, b"a word")
+        thread._arrived(network[DECODE])
+        until(lambda: bool(heard_on))
+        return heard_on == [threading.get_ident()]
+
+    until(tried)
+    pair.decode.close()
+
+
+def test_an_error_there_ends_the_worker_as_one_on_the_thread_does() -> None:
+    pair = Pair()
+    pair.decode.start()
+    asleep(pair.decode.thread)
+    transport = pair.network.members[DECODE]
+
+    def broken() -> list[object]:
+        raise RuntimeError("the device is gone")
+
+    transport.poll = broken  # type: ignore[method-assign, assignment]
+    pair.decode.thread._arrived(transport)
+    failed: list[TransferThreadFailed] = []
+
+    def told() -> bool:
+        events = pair.decode.poll_events()
+        failed.extend(event for event in events if isinstance(event, TransferThreadFailed))
+        return bool(failed)
+
+    until(told)
+    assert "the device is gone" in failed[0].detail
+    pair.decode.close()

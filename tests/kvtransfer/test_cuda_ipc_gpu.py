@@ -104,6 +104,17 @@ def test_layers_that_left_early_and_the_rest_make_whole_pages(sides: Any) -> Non
     assert reader.expect("landed") == (sums, 0)
 
 
+def test_pages_leave_behind_the_kernels_that_fill_them(sides: Any) -> None:
+    writer, reader, _, _ = sides
+    writer.ask("write_behind", "r", [2, 4, 5])
+    busy, ends = writer.expect("ended")
+    assert not busy, "what waits for the device is not looked for"
+    assert ends == [("done", ""), ("done", "")]
+    sums = writer.expect("sums")
+    reader.ask("landed", 3)
+    assert reader.expect("landed") == (sums, 0)
+
+
 def test_a_writer_survives_the_death_of_the_reader_under_its_copies(sides: Any) -> None:
     writer, reader, _, other_reader = sides
     writer.ask("storm", "r", 1.5)

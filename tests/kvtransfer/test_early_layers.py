@@ -1,5 +1,7 @@
 """Layers that leave before their page is whole: nothing is lost, mixed up or held back by it."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,18 @@ from kvtransfer.states import TransferFailure
 from tests.kvtransfer.pair import LAYOUT, PREFILL, Pair
 
 FIRST_LAYER = range(1)
+LAST_LAYER = range(1, 2)
 LAYER_BYTES = 2 * LAYOUT.row_bytes
+
+
+class Mark:
+    """An event of a device that passes it when the test says so."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def query(self) -> bool:
+        return self.passed
 
 
 def make(**settings: object) -> Pair:
@@ -118,6 +131,131 @@ def test_a_fault_costs_the_transfer_or_nothing(kind: FaultKind, nth: int) -> Non
     begin(pair, 18, pages)
     pair.run(2)
     finish(pair, 18, pages)
+    pair.run(40)
+    pair.expire()
+    if pair.completed("r"):
+        assert pair.identical("r", 18, pages)
+    else:
+        assert pair.failures("prefill")
+        assert pair.failures("decode") or pair.decode.stats().failures
+    assert not pair.decode.stats().receiving
+    counts = pair.window.counts()
+    assert counts.granted == 0
+    assert counts.free + counts.quarantined == counts.total
+
+
+# ---- queued behind the step that computes them ---------------------------------------------------
+
+
+def launch(pair: Pair, tokens: int, pages: list[int]) -> tuple[Mark, Mark]:
+    """A step is on its way: each layer is to leave when the device has passed its mark."""
+    marks = Mark(), Mark()
+    pair.prefill.open(pair.grant("r", tokens))
+    for layers, mark in zip((FIRST_LAYER, LAST_LAYER), marks, strict=True):
+        event: Any = mark
+        pair.prefill.push_behind("r", list(enumerate(pages)), layers, event)
+    return marks
+
+
+def end_step(pair: Pair, tokens: int, pages: list[int], marks: tuple[Mark, Mark]) -> None:
+    marks[0].passed = True
+    pair.run(2)
+    compute_last_layer(pair, pages)
+    marks[1].passed = True
+
+
+def announce(pair: Pair, tokens: int, pages: list[int]) -> None:
+    pair.prefill.push("r", pair.sealed(pages, tokens))
+    pair.prefill.complete("r", 7)
+
+
+def test_pages_leave_when_the_device_has_computed_them_and_count_when_they_are_announced() -> None:
+    pair = make(slots=16)
+    pages = [3, 9, 4]
+    marks = launch(pair, 11, pages)
+    pair.run(5)
+    assert not pair.window.memory.any(), "the device has not come to them yet"
+    end_step(pair, 11, pages, marks)
+    pair.run(3)
+    landed = {bytes(slot.tolist()) for slot in pair.window.memory}
+    assert {bytes(pair.source[page].tolist()) for page in pages} <= landed
+    assert "r" not in pair.positions, "nothing is announced yet"
+    started = pair.network.started[PREFILL]
+    announce(pair, 11, pages)
+    pair.run(20)
+    assert pair.network.started[PREFILL] == started + 2, "one announcement, and the end"
+    assert pair.completed("r")
+    assert pair.identical("r", 11, pages)
+    assert nothing_is_left(pair)
+
+
+def test_a_step_that_takes_longer_than_the_lease_is_no_silence() -> None:
+    pair = make(slots=16, lease_s=2.0)
+    marks = launch(pair, 11, [3, 9, 4])
+    pair.run(40, seconds=0.2)
+    assert not pair.failures("prefill")
+    end_step(pair, 11, [3, 9, 4], marks)
+    announce(pair, 11, [3, 9, 4])
+    pair.run(20)
+    assert pair.completed("r")
+    assert nothing_is_left(pair)
+
+
+def test_pages_that_a_step_still_fills_are_held_until_their_writes_have_ended() -> None:
+    pair = make(slots=4)
+    marks = launch(pair, 8, [3, 4])
+    pair.step()
+    pair.prefill.abort("r", TransferFailure.ABORTED, "the client left")
+    pair.run(5)
+    assert sorted(pair.prefill.held_pages()["r"]) == [3, 4]
+    assert pair.window.counts().free < pair.window.slots
+    end_step(pair, 8, [3, 4], marks)
+    pair.run(5)
+    assert not pair.completed("r")
+    assert nothing_is_left(pair)
+
+
+def test_a_page_that_changed_after_it_was_sealed_where_it_left_is_refused() -> None:
+    pair = make(slots=4)
+    marks = launch(pair, 8, [3, 4])
+    end_step(pair, 8, [3, 4], marks)
+    sealed = pair.sealed([3, 4], 8)
+    pair.source[4, LAYER_BYTES] ^= 1
+    pair.run(3)
+    pair.prefill.push("r", sealed)
+    pair.prefill.complete("r", 7)
+    pair.run(20)
+    assert not pair.completed("r")
+    assert [event.failure for event in pair.failures("prefill")][-1] is TransferFailure.MISMATCH
+    assert nothing_is_left(pair)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 60), slots=st.integers(1, 8), rounds=st.integers(0, 6))
+def test_what_finds_no_credit_behind_its_step_leaves_later(
+    tokens: int, slots: int, rounds: int
+) -> None:
+    pair = make(slots=slots)
+    pages = list(range(2, 2 + LAYOUT.pages_of(tokens)))
+    marks = launch(pair, tokens, pages)
+    pair.run(rounds)
+    end_step(pair, tokens, pages, marks)
+    announce(pair, tokens, pages)
+    pair.run(200)
+    assert pair.completed("r")
+    assert pair.identical("r", tokens, pages)
+    assert nothing_is_left(pair)
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("kind", list(FaultKind))
+def test_a_fault_behind_a_step_costs_the_transfer_or_nothing(kind: FaultKind, nth: int) -> None:
+    pair = make(slots=4, faults=(Fault(kind, PREFILL, nth=nth),))
+    pages = [3, 9, 4, 8, 7]
+    marks = launch(pair, 18, pages)
+    pair.run(2)
+    end_step(pair, 18, pages, marks)
+    announce(pair, 18, pages)
     pair.run(40)
     pair.expire()
     if pair.completed("r"):

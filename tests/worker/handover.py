@@ -5,12 +5,14 @@ The router's part is played in a few lines: tickets go from one worker to the ot
 errors are collected. It aborts nothing by itself, so that each worker has to find its own way out.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from decode_service.role import DecodeRole
+from engine.execution.forward_batch import ForwardBatch, ForwardResult, LayersDone
 from engine.memory.pools import MemoryPools, make_memory_pools
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.scheduler import Scheduler
@@ -61,10 +63,19 @@ class _Rows:
 class PagedStub(StubRunner):
     """The stub over pages that can travel."""
 
-    def __init__(self, memory: MemoryPools, pool: torch.Tensor) -> None:
+    def __init__(self, memory: MemoryPools, pool: torch.Tensor, *, marks: bool) -> None:
+        """`marks`: steps tell when their layers are done, so that pages leave behind them."""
         super().__init__(memory)
         self.kv_token: Any = _Rows(pool, 0)
         self.kv_position: Any = _Rows(pool, 1)
+        self.marks = marks
+
+    def forward(self, batch: ForwardBatch) -> ForwardResult:
+        result = super().forward(batch)
+        if not self.marks or not batch.forward_mode.is_extend():
+            return result
+        done = LayersDone(NUM_LAYERS - 2, None), LayersDone(NUM_LAYERS, None)
+        return replace(result, layers_done=done)
 
 
 class Worker:
@@ -125,7 +136,7 @@ class Worker:
                 decode_reserve_tokens=8,
                 split_prefill_layers=handover.split if sends else 0,
             ),
-            PagedStub(self.memory, self.pool),
+            PagedStub(self.memory, self.pool, marks=handover.behind),
             self.memory,
             self.role,
         )
@@ -170,9 +181,10 @@ class Handover:
         lease_s: float = 2.0,
         slots: int = 8,
         split: int = 0,
+        behind: bool = False,
     ) -> None:
         self.clock = Clock()
-        self.lease_s, self.slots, self.split = lease_s, slots, split
+        self.lease_s, self.slots, self.split, self.behind = lease_s, slots, split, behind
         self.network = FakeNetwork(seed=seed, faults=faults)
         self.prefill = Worker(self, PrefillRole, PREFILL)
         self.decode = Worker(self, DecodeRole, DECODE)

@@ -147,3 +147,24 @@ def test_a_batch_without_a_forward_is_refused(runner: MakeRunner) -> None:
     batch = harness.extend((harness.row([5]), 1), mode=ForwardMode.PREBUILT)
     with pytest.raises(ValueError, match="PREBUILT"):
         model.forward(batch)
+
+
+def test_a_prompts_step_tells_when_its_layers_are_done_and_computes_the_same(
+    runner: MakeRunner,
+) -> None:
+    shared = runner("llama-gqa")
+    prompt = random_prompt(40, seed=3)
+    results = []
+    for marks in (False, True):
+        model = ModelRunner(shared.decoder, kv_pool=shared.kv_pool, attention=shared.attention)
+        if marks:
+            model.mark_layers()
+        harness = Harness(model.kv_pool)
+        row = harness.row(prompt)
+        results.append(model.forward(harness.extend((row, len(prompt) - 1))))
+        assert not model.forward(harness.decode(row)).layers_done
+    plain, told = results
+    assert plain.layers_done == ()
+    assert told.next_token_ids.tolist() == plain.next_token_ids.tolist()
+    layers = shared.num_layers
+    assert [done.layers for done in told.layers_done] == [*range(layers - 2, 0, -2)[:1], layers]
