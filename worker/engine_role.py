@@ -287,11 +287,19 @@ class EngineRole(SchedulerRole):
         self._send_outputs(self.scheduler.take_outputs())
 
     def _send_outputs(self, outputs: Sequence[TokenOutput]) -> None:
-        if outputs:
-            self._step += 1
-            step = worker_pb2.StepOutput(step=self._step)
-            step.outputs.extend(self._to_proto(output) for output in outputs)
-            self.parts.channel.send(channel_pb2.EngineToFront(step=step))
+        if not outputs:
+            return
+        self._step += 1
+        # Who has waited longest is new here: the others' tokens follow those of a step ago. So
+        # newcomers' go ahead, in a message of their own, since every hop from here takes a message
+        # apart token by token.
+        new = [output for output in outputs if output.rid in self._unreported]
+        names = {output.rid for output in new}
+        for part in (new, [output for output in outputs if output.rid not in names]):
+            if part:
+                step = worker_pb2.StepOutput(step=self._step)
+                step.outputs.extend(self._to_proto(output) for output in part)
+                self.parts.channel.send(channel_pb2.EngineToFront(step=step))
 
     def _to_proto(self, output: TokenOutput) -> worker_pb2.RequestOutput:
         request_id, attempt = split_rid(output.rid)

@@ -1,0 +1,70 @@
+"""What a request that joins the running batch does not wait for."""
+
+from typing import Any
+
+from tests.engine.scheduler.stub import make_req, undisturbed
+from tests.worker.handover import DECODE, Handover
+from worker.engine_role import make_rid
+
+
+def test_a_newcomers_token_goes_ahead_of_those_who_had_one_a_step_ago() -> None:
+    handover = Handover()
+    steps: list[tuple[int, list[str]]] = []
+    hear = handover._hear
+
+    def listen(worker: Any, message: Any) -> None:
+        if worker.instance == DECODE and message.WhichOneof("kind") == "step":
+            names = [output.request_id for output in message.step.outputs]
+            steps.append((message.step.step, names))
+        hear(worker, message)
+
+    handover._hear = listen  # type: ignore[method-assign]
+    handover.generate("early", [1, 2, 3, 4, 5], max_tokens=40)
+    while len(handover.output("early")) < 3:
+        handover.step()
+    handover.generate("late", [6, 7, 8], max_tokens=40)
+    while len(handover.output("late")) < 3:
+        handover.step()
+    first = next(index for index, (_, names) in enumerate(steps) if "late" in names)
+    number = steps[first][0]
+    assert steps[first : first + 2] == [(number, ["late"]), (number, ["early"])]
+    assert steps[first + 2] == (number + 1, ["early", "late"])
+
+
+def order_of_forwards_and_accepts(prompt: list[int], slots: int) -> list[str]:
+    handover = Handover(slots=slots)
+    done: list[str] = []
+    agent, runner = handover.decode.agent, handover.decode.scheduler.runner
+    accept, forward = agent.accept, runner.forward
+
+    def accepted(request_id: str, positions: Any) -> None:
+        assert request_id == make_rid("r", 0)
+        done.append("accept")
+        accept(request_id, positions)
+
+    def computed(batch: Any) -> Any:
+        done.append("forward")
+        return forward(batch)
+
+    agent.accept = accepted  # type: ignore[method-assign]
+    runner.forward = computed  # type: ignore[method-assign]
+    handover.generate("r", prompt)
+    exact = undisturbed(make_req("r", prompt, max_new_tokens=6))
+    while not handover.output("r"):
+        handover.step()
+    for _ in range(4):  # what prefill still says is heard at once
+        handover.step(busy=DECODE)
+    while handover.output("r") != exact:
+        handover.step()
+    handover.step()
+    assert not handover.owned()
+    return done
+
+
+def test_the_last_pages_are_acknowledged_behind_the_launch_of_the_first_step() -> None:
+    assert order_of_forwards_and_accepts([1, 2, 3], slots=8)[:2] == ["forward", "accept"]
+
+
+def test_pages_whose_slots_are_waited_for_are_acknowledged_at_once() -> None:
+    done = order_of_forwards_and_accepts(list(range(1, 31)), slots=4)
+    assert done.index("forward") > 1
