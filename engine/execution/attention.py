@@ -15,6 +15,7 @@ from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.cpu_library import cpu_library
 from engine.models.fused_ops import FUSED_DTYPES, flashinfer_installed
+from engine.models.ops import FreshKV
 from engine.models.rotary_store import triton_installed
 
 AttentionName = Literal["auto", "torch", "flashinfer"]
@@ -30,9 +31,10 @@ class AttentionBackend(Protocol):
         batch's host lists and page table; never waits for the device's current work."""
         ...
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         """Called once a layer, after the step's KV was written: q [t, heads, head_dim], request
-        after request, any strides; returns [t, heads * head_dim].
+        after request, any strides; returns [t, heads * head_dim]. `fresh` is what was written, for
+        whom it is faster to read than the pool.
 
         The token at position p of a request sees that request's positions 0 to p.
         """
@@ -46,7 +48,7 @@ class GraphAttention(Protocol):
         """Before each replay: `pages` lists as many requests as were captured."""
         ...
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         """As AttentionBackend.run, while the graph is captured."""
         ...
 

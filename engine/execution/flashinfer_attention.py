@@ -14,6 +14,7 @@ from engine.execution.page_table import PageTable, TableBuffers, host_int32, pag
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
 from engine.models.fused_ops import flashinfer_library
+from engine.models.ops import FreshKV
 
 _WORKSPACE_BYTES = 384 * 2**20
 """Partial results of split sequences; the library suggests 128 MiB, too little for a full chunk of
@@ -38,38 +39,52 @@ class FlashInferAttention:
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=kv_pool.device)
         hopper = torch.cuda.get_device_capability(kv_pool.device)[0] == _HOPPER
         # The FA3 kernels take queries and KV of one dtype only.
+        backend = "fa3" if hopper and not kv_pool.is_fp8 else "fa2"
         self._prefill: Any = library.BatchPrefillWithPagedKVCacheWrapper(
-            self.workspace, "NHD", backend="fa3" if hopper and not kv_pool.is_fp8 else "fa2"
+            self.workspace, "NHD", backend=backend
         )
+        # From float8 pages attention would read rounded keys, from the step itself exact ones.
+        self._fresh: Any = None
+        if not kv_pool.is_fp8:
+            self._fresh = library.BatchPrefillWithRaggedKVCacheWrapper(
+                self.workspace, "NHD", backend=backend
+            )
         self._decode: Any = library.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
-        self._prefill_tokens = 0
-        """Of the planned step; the tokens after them decode."""
+        self._cuts = (0, 0)
+        """Tokens of the planned step: up to the first, prompts that read cached KV; up to the
+        second, prompts that are all there is of their request; the tokens after them decode."""
         self._planned: dict[int, torch.cuda.Event] = {}
 
     def plan(self, batch: ForwardBatch) -> None:
         pages = page_table(batch, self._pool.page_size)
         prompts = num_prompts(batch)
+        cached = prompts if self._fresh is None else num_cached(batch, prompts)
         lengths = batch.extend_lens[:prompts]
-        self._prefill_tokens = sum(lengths)
-        if prompts:
-            queries = host_int32([0, *accumulate(lengths)])
-            head_dim = self._config.head_dim
-            arrays = _arrays(pages.first(prompts))
-            self._plan(self._prefill, queries, *arrays, head_dim_qk=head_dim, causal=True)
+        self._cuts = (sum(lengths[:cached]), sum(lengths))
+        causal = {"head_dim_qk": self._config.head_dim, "causal": True}
+        if cached:
+            queries = host_int32([0, *accumulate(lengths[:cached])])
+            arrays = _arrays(pages.first(cached))
+            self._plan(self._prefill, queries, *arrays, page_size=self._pool.page_size, **causal)
+        if cached < prompts:
+            tokens = host_int32([0, *accumulate(lengths[cached:])])
+            self._plan(self._fresh, tokens, tokens, **causal)
         if prompts < len(batch.extend_lens):
             self.plan_decode(self._decode, pages.after(prompts))
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        cut = self._prefill_tokens
-        if cut == 0:
-            return self.run_with(self._decode, layer, q)
-        if cut == q.shape[0]:
-            return self.run_with(self._prefill, layer, q)
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
+        cached, prompts = self._cuts
+        pages = self._layers[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._prefill.run(q[:cut], self._layers[layer], out=out[:cut])
-        self._decode.run(q[cut:], self._layers[layer], out=out[cut:])
+        if cached:
+            self._prefill.run(q[:cached], pages, out=out[:cached])
+        if cached < prompts:
+            span = slice(cached, prompts)
+            self._fresh.run(q[span], fresh.keys[span], fresh.values[span], out=out[span])
+        if prompts < q.shape[0]:
+            self._decode.run(q[prompts:], pages, out=out[prompts:])
         return out.view(out.shape[0], -1)
 
     def for_graph(self, buffers: TableBuffers, rows: int) -> "FlashInferGraphAttention":
@@ -83,7 +98,8 @@ class FlashInferAttention:
 
     def plan_decode(self, wrapper: Any, pages: PageTable, **settings: Any) -> None:
         """Plans any decode wrapper: one query token a request."""
-        self._plan(wrapper, *_arrays(pages), head_dim=self._config.head_dim, **settings)
+        shape = {"head_dim": self._config.head_dim, "page_size": self._pool.page_size}
+        self._plan(wrapper, *_arrays(pages), **shape, **settings)
 
     def run_with(self, wrapper: Any, layer: int, q: torch.Tensor) -> torch.Tensor:
         """`run` with a wrapper of the caller's."""
@@ -101,7 +117,6 @@ class FlashInferAttention:
             *arrays,
             num_qo_heads=self._config.num_heads,
             num_kv_heads=self._config.num_kv_heads,
-            page_size=self._pool.page_size,
             q_data_type=self._pool.compute_dtype,
             kv_data_type=self._pool.dtype,
             **settings,
@@ -129,7 +144,7 @@ class FlashInferGraphAttention:
         """`pages` lists as many requests as were captured, each with one new token."""
         self._shared.plan_decode(self._wrapper, pages)
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         return self._shared.run_with(self._wrapper, layer, q)
 
 
@@ -182,6 +197,13 @@ def num_prompts(batch: ForwardBatch) -> int:
         while count and batch.extend_lens[count - 1] == 1:
             count -= 1
     return count
+
+
+def num_cached(batch: ForwardBatch, prompts: int) -> int:
+    """Of the first `prompts` requests, those up to the last that has KV from before this step."""
+    while prompts and batch.extend_prefix_lens[prompts - 1] == 0:
+        prompts -= 1
+    return prompts
 
 
 def _arrays(pages: PageTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from engine.execution.forward_batch import ForwardBatch
 from engine.execution.page_table import PageTable, TableBuffers, host_int32, page_table
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.ops import FreshKV
 
 _ROWS, _KEYS = 64, 64
 """A tile: (token, query head) pairs, and KV tokens that they meet at a time."""
@@ -42,7 +43,7 @@ class InvariantAttention:
         table = page_table(batch, self._pool.page_size)
         self._plan = self._planned(table, batch.extend_lens, batch.seq_lens_cpu)
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         return self.run_planned(self._plan, layer, q)
 
     def for_graph(self, buffers: TableBuffers, rows: int) -> "InvariantGraphAttention":
@@ -134,7 +135,7 @@ class InvariantGraphAttention:
         self._plan.page_starts.copy_(moved(pages.indptr, device))
         self._plan.pages[: pages.indices.shape[0]].copy_(pages.indices)
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         return self._shared.run_planned(self._plan, layer, q)
 
 

@@ -15,6 +15,7 @@ from engine.execution.device import to_device
 from engine.execution.forward_batch import ForwardBatch
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.ops import FreshKV
 
 _QUERY_BLOCK = 512
 """Most queries in one masked call; a mask of that many rows is small beside the scores."""
@@ -77,7 +78,7 @@ class TorchAttention:
         ]
         self._plan_causal_mask()
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
         # Query head h reads KV head h // groups.
         grouped = q.view(tokens, heads // self._groups, self._groups, head_dim)

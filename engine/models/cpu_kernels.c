@@ -62,7 +62,8 @@ void rotate_and_store(float *qkv, const int64_t *positions, const float *table, 
         const float *angles = table + positions[t] * d;
         float *key = keys + kv_rows[t] * kv_heads * d, *value = values + kv_rows[t] * kv_heads * d;
         for (int64_t h = 0; h < heads; h++) rotate(q + h * d, q + h * d, angles, d);
-        for (int64_t h = 0; h < kv_heads; h++) rotate(k + h * d, key + h * d, angles, d);
+        for (int64_t h = 0; h < kv_heads; h++) rotate(k + h * d, k + h * d, angles, d);
+        for (int64_t i = 0; i < kv_heads * d; i++) key[i] = k[i];
         for (int64_t i = 0; i < kv_heads * d; i++) value[i] = v[i];
     }
 }

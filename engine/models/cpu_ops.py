@@ -4,7 +4,7 @@ import torch
 
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.cpu_library import CpuLibrary
-from engine.models.ops import TorchOps
+from engine.models.ops import FreshKV, TorchOps
 from engine.models.packed_weights import is_packed, outputs
 
 
@@ -52,7 +52,7 @@ class CpuOps(TorchOps):
         kv_pool: PageMajorKVPool,
         layer: int,
         kv_rows: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, FreshKV]:
         if kv_pool.dtype is not torch.float32:
             return super().rotate_and_store(qkv, num_heads, rotation, kv_pool, layer, kv_rows)
         qkv, kv_rows = qkv.contiguous(), kv_rows.contiguous()
@@ -63,7 +63,8 @@ class CpuOps(TorchOps):
             *(keys[0].data_ptr(), keys[1].data_ptr(), kv_rows.data_ptr()),
             *(tokens, num_heads, kv_pool.num_kv_heads, head_dim),
         )
-        return qkv[:, :num_heads]
+        num_qk_heads = num_heads + kv_pool.num_kv_heads
+        return qkv[:, :num_heads], FreshKV(qkv[:, num_heads:num_qk_heads], qkv[:, num_qk_heads:])
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate_up = gate_up.contiguous()

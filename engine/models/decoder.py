@@ -13,7 +13,7 @@ from engine.models.cpu_ops import CpuOps
 from engine.models.fused_ops import FUSED_DTYPES, FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps, check_products
 from engine.models.loading import fill_random, load_safetensors, weight_files
-from engine.models.ops import Ops, TorchOps
+from engine.models.ops import FreshKV, Ops, TorchOps
 from engine.models.packed_weights import packed_weights
 from engine.models.remembered_choices import RememberedChoices
 from engine.models.rope import cos_sin_table
@@ -26,8 +26,9 @@ from engine.parallel.shards import Shards
 class Attention(Protocol):
     """What the decoder needs of an attention backend, which was planned for the step before."""
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """Attention of q [t, heads, head_dim] over the cached KV: [t, heads * head_dim]."""
+    def run(self, layer: int, q: torch.Tensor, fresh: FreshKV) -> torch.Tensor:
+        """Attention of q [t, heads, head_dim] over the cached KV, of which `fresh` is what this
+        step has written: [t, heads * head_dim]."""
         ...
 
 
@@ -194,8 +195,8 @@ class Decoder:
             normed_qk = ops.qk_norm(qk, config.num_heads, layer.q_norm, layer.k_norm, eps)
             if normed_qk is not qk:
                 qkv = torch.cat((normed_qk, qkv[:, self._num_qk_heads :]), dim=1)
-        q = ops.rotate_and_store(qkv, config.num_heads, rotation, kv_pool, index, kv_rows)
-        return attention.run(index, q)
+        q, fresh = ops.rotate_and_store(qkv, config.num_heads, rotation, kv_pool, index, kv_rows)
+        return attention.run(index, q, fresh)
 
 
 def load_decoder(

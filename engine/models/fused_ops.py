@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.float32_residual import add_rms_norm
-from engine.models.ops import room_for_logits
+from engine.models.ops import FreshKV, room_for_logits
 from engine.models.products import Products
 from engine.models.rotary_store import (
     can_rotate_and_store,
@@ -100,14 +100,15 @@ class FusedOps:
         kv_pool: PageMajorKVPool,
         layer: int,
         kv_rows: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, FreshKV]:
+        num_qk_heads = qkv.shape[1] - kv_pool.num_kv_heads
+        fresh = FreshKV(qkv[:, num_heads:num_qk_heads], qkv[:, num_qk_heads:])
         if self._stores:
             rotate_and_store(qkv, num_heads, rotation[0], self._table, kv_pool, layer, kv_rows)
         else:
-            num_qk_heads = qkv.shape[1] - kv_pool.num_kv_heads
-            qk = self.rotate(qkv[:, :num_qk_heads], num_heads, rotation)
-            kv_pool.write_rows(layer, kv_rows, qk[:, num_heads:], qkv[:, num_qk_heads:])
-        return qkv[:, :num_heads]
+            self.rotate(qkv[:, :num_qk_heads], num_heads, rotation)
+            kv_pool.write_rows(layer, kv_rows, *fresh)
+        return qkv[:, :num_heads], fresh
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._silu_and_mul(gate_up)

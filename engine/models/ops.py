@@ -4,13 +4,22 @@ Plain torch here, readable and exact in float32; `fused_ops` computes the same w
 step on CUDA. A decoder calls them without knowing which it holds.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.products import Products
+
+
+class FreshKV(NamedTuple):
+    """What a step has just written to the pool, where it lies beside it: [t, kv_heads, head_dim],
+    any strides."""
+
+    keys: torch.Tensor
+    """Rotated."""
+    values: torch.Tensor
 
 
 class Ops(Protocol):
@@ -66,10 +75,11 @@ class Ops(Protocol):
         kv_pool: PageMajorKVPool,
         layer: int,
         kv_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """Rotates queries and keys of qkv [t, num_heads + 2 * kv_heads, head_dim] (see `rotate`),
-        stores keys and values at `kv_rows` (see PageMajorKVPool.write_rows), and returns the
-        queries [t, num_heads, head_dim]."""
+    ) -> tuple[torch.Tensor, FreshKV]:
+        """Rotates queries and keys of qkv [t, num_heads + 2 * kv_heads, head_dim] (see `rotate`)
+        and stores keys and values at `kv_rows` (see PageMajorKVPool.write_rows).
+
+        The queries [t, num_heads, head_dim], and what was stored."""
         ...
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -167,11 +177,12 @@ class TorchOps:
         kv_pool: PageMajorKVPool,
         layer: int,
         kv_rows: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, FreshKV]:
         num_qk_heads = qkv.shape[1] - kv_pool.num_kv_heads
         qk = self.rotate(qkv[:, :num_qk_heads], num_heads, rotation)
-        kv_pool.write_rows(layer, kv_rows, qk[:, num_heads:], qkv[:, num_qk_heads:])
-        return qk[:, :num_heads]
+        fresh = FreshKV(qk[:, num_heads:], qkv[:, num_qk_heads:])
+        kv_pool.write_rows(layer, kv_rows, *fresh)
+        return qk[:, :num_heads], fresh
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -35,9 +35,9 @@ def rotate_and_store(
     layer: int,
     kv_rows: torch.Tensor,
 ) -> None:
-    """Rotates the queries of qkv [t, num_heads + 2 * kv_heads, head_dim] in place, and stores its
-    rotated keys and its values in the pool's `layer`, at `kv_rows` = kv_pool.rows(loc) [t] int64.
-    The keys in `qkv` stay as they were. `positions` [t] int64; `cos_sin_table` is
+    """Rotates queries and keys of qkv [t, num_heads + 2 * kv_heads, head_dim] in place, and stores
+    its keys and values in the pool's `layer`, at `kv_rows` = kv_pool.rows(loc) [t] int64.
+    `positions` [t] int64; `cos_sin_table` is
     rope.cos_sin_table's, float32; all on one CUDA device, qkv contiguous.
     """
     tokens, heads, head_dim = qkv.shape

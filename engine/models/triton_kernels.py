@@ -54,9 +54,8 @@ def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     low = tl.where(turns, (low32 * cos - high32 * sin).to(low.dtype), low)
     high = tl.where(turns, (high32 * cos + low32 * sin).to(high.dtype), high)
 
-    is_query = head < num_heads
-    tl.store(source, low, mask=is_query)
-    tl.store(source + HALF, high, mask=is_query)
+    tl.store(source, low, mask=turns)
+    tl.store(source + HALF, high, mask=turns)
 
     is_value = head >= num_heads + num_kv_heads
     row = tl.load(kv_rows + token) + first_row + tl.where(is_value, page_size, 0)

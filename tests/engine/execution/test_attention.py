@@ -103,14 +103,19 @@ class FakeWrapper:
         out = torch.empty(q.shape) if out is None else out
         for start, end, pages, length in self._rows:
             k, v = (cache[pages].flatten(0, 1)[:length] for cache in kv)
-            repeat = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-            scores = torch.einsum("qhd,khd->hqk", q[start:end], k) / math.sqrt(q.shape[2])
-            count = end - start
-            hidden = torch.ones(count, length).triu(length - count + 1).bool()
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[start:end] = torch.einsum("hqk,khd->qhd", weights, v)
+            out[start:end] = causal_attention(q[start:end], k, v)
         return out
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Of one request's last tokens."""
+    (count, heads, head_dim), length = q.shape, k.shape[0]
+    repeat = heads // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(head_dim)
+    hidden = torch.ones(count, length).triu(length - count + 1).bool()
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 class FakePrefill(FakeWrapper):
@@ -136,6 +141,39 @@ class FakePrefill(FakeWrapper):
             paged_kv_last_page_len,
             page_size,
         )
+
+
+class FakeRagged:
+    """Attention over keys and values that are given, request after request."""
+
+    def __init__(self, workspace: torch.Tensor, kv_layout: str, **kwargs: Any) -> None:
+        assert kv_layout == "NHD"
+        self.plans = 0
+        self._starts: list[int] = []
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        causal: bool = False,
+        q_data_type: str = "float16",
+        kv_data_type: str | None = None,
+    ) -> None:
+        assert causal
+        assert torch.equal(qo_indptr, kv_indptr)
+        self.plans += 1
+        self._starts = qo_indptr.tolist()
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        assert q.shape[0] == k.shape[0] == v.shape[0] == self._starts[-1]
+        for start, end in pairwise(self._starts):
+            out[start:end] = causal_attention(q[start:end], k[start:end], v[start:end])
+        return out
 
 
 class FakeDecode(FakeWrapper):
@@ -197,6 +235,7 @@ def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch
 def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     library = SimpleNamespace(
         BatchPrefillWithPagedKVCacheWrapper=FakePrefill,
+        BatchPrefillWithRaggedKVCacheWrapper=FakeRagged,
         BatchDecodeWithPagedKVCacheWrapper=fake_decode,
     )
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
@@ -238,10 +277,11 @@ def test_flashinfer_is_told_the_same_story_as_torch(runner: MakeRunner) -> None:
     for expected, actual in zip(*outcomes, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
     # In a mixed step those who decode go through decode's kernels, whoever has a token to compute
-    # in a prompt's step through prefill's.
+    # in a prompt's step through prefill's: from its pages where it had some before the step.
     flashinfer = backends[1]
     assert isinstance(flashinfer, FlashInferAttention)
-    assert (flashinfer._prefill.plans, flashinfer._decode.plans) == (4, 3)
+    assert (flashinfer._prefill.plans, flashinfer._decode.plans) == (3, 3)
+    assert flashinfer._fresh.plans == 3
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from engine.model_config import ModelConfig
 from engine.models import cpu_library as library_module
 from engine.models.cpu_library import CpuLibrary, cpu_library, keep_builds_in
 from engine.models.cpu_ops import CpuOps
-from engine.models.ops import TorchOps
+from engine.models.ops import FreshKV, TorchOps
 from engine.models.packed_weights import is_packed, pack, unpack
 from engine.models.rope import RopeConfig, cos_sin_table
 from tests.checkpoints import random_prompt
 from tests.engine.execution.harness import Harness
 
 POSITIONS, PAGE, HEADS, KV_HEADS = 700, 16, 6, 2
+UNUSED = FreshKV(torch.empty(0), torch.empty(0))  # a CPU reads the pool
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None, reason="no C compiler (cc): plain torch is all there is"
@@ -130,11 +131,14 @@ def test_rotating_and_storing_equals_plain_torch(tokens: int, head_dim: int) -> 
     positions = torch.randperm(POSITIONS)[:tokens]
     pools = [pool_of(head_dim), pool_of(head_dim)]
     rows = pools[0].rows(torch.randperm(96 * PAGE)[:tokens])
-    queries = [
+    rotated = [
         ops.rotate_and_store(qkv.clone(), HEADS, ops.rotation(positions), pool, 1, rows)
         for ops, pool in zip((plain, ours), pools, strict=True)
     ]
-    torch.testing.assert_close(queries[1], queries[0])
+    (plain_queries, plain_kv), (queries, kv) = rotated
+    torch.testing.assert_close(queries, plain_queries)
+    torch.testing.assert_close(kv.keys, plain_kv.keys)
+    torch.testing.assert_close(kv.values, plain_kv.values)
     torch.testing.assert_close(pools[1].data, pools[0].data)
 
 
@@ -173,14 +177,14 @@ def test_attention_of_single_tokens_equals_plain_torch(head_dim: int, page_size:
     rows = [harness.row(random_prompt(length, seed=length)) for length in (2, 16, 17, 33, 400)]
     harness.extend(*((row, len(row.tokens) - 1) for row in rows))
     batch = harness.decode(*rows)
-    qkv = 4 * torch.randn(len(rows), HEADS + 2 * KV_HEADS, head_dim)
+    q = 4 * torch.randn(len(rows), HEADS + 2 * KV_HEADS, head_dim)[:, :HEADS]
     plain = TorchAttention(config, pool)
     ours = CompiledAttention(config, pool, compiled())
     for backend in (plain, ours):
         backend.plan(batch)
     for layer in range(3):
         torch.testing.assert_close(
-            ours.run(layer, qkv[:, :HEADS]), plain.run(layer, qkv[:, :HEADS]), rtol=1e-4, atol=1e-5
+            ours.run(layer, q, UNUSED), plain.run(layer, q, UNUSED), rtol=1e-4, atol=1e-5
         )
 
 
@@ -194,11 +198,11 @@ def test_a_row_is_the_same_to_the_bit_alone_and_beside_others() -> None:
     q = torch.randn(3, HEADS, 64)
     backend = CompiledAttention(config, pool, compiled())
     backend.plan(harness.decode(*rows))
-    together = backend.run(0, q)
+    together = backend.run(0, q, UNUSED)
     for index, row in enumerate(rows):
         row.computed -= 1
         backend.plan(harness.decode(row))
-        assert torch.equal(backend.run(0, q[index : index + 1])[0], together[index])
+        assert torch.equal(backend.run(0, q[index : index + 1], UNUSED)[0], together[index])
 
 
 def test_a_cpu_takes_it_for_float32_and_torch_by_name() -> None:

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from engine.execution.attention import create_attention, flashinfer_obstacle
+from engine.execution.flashinfer_attention import (
+    FlashInferAttention,
+    WholeRequestsGraphAttention,
+)
 from engine.execution.model_runner import ModelRunner
 from engine.execution.noise import gumbel_noise
+from engine.execution.page_table import TableBuffers, page_table
 from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
@@ -18,7 +23,7 @@ from engine.models.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear
 from engine.models.float32_residual import add_rms_norm
 from engine.models.fused_ops import FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps
-from engine.models.ops import TorchOps
+from engine.models.ops import FreshKV, TorchOps
 from engine.models.products import GATED_TILES, LINEAR_TILES, Kind
 from engine.models.remembered_choices import keep_choices_in
 from engine.models.rope import RopeConfig, cos_sin_table
@@ -183,13 +188,48 @@ def test_rotating_and_storing_in_one_kernel_equals_the_steps(tokens: int, page_s
     for layer in range(layers):
         rows = expected.rows(slots)
         rotation = plain.rotation(positions)
-        q = plain.rotate_and_store(qkv.float(), heads, rotation, expected, layer, rows)
-        fused_q = qkv.clone().cuda()
-        rotate_and_store(fused_q, heads, positions.cuda(), table.cuda(), actual, layer, rows.cuda())
-        torch.testing.assert_close(fused_q[:, :heads].float().cpu(), q, atol=2e-2, rtol=2e-2)
+        q, fresh = plain.rotate_and_store(qkv.float(), heads, rotation, expected, layer, rows)
+        fused = qkv.clone().cuda()
+        rotate_and_store(fused, heads, positions.cuda(), table.cuda(), actual, layer, rows.cuda())
+        whole = torch.cat((q, *fresh), dim=1)
+        torch.testing.assert_close(fused.float().cpu(), whole, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(actual.data.float().cpu(), expected.data, atol=2e-2, rtol=2e-2)
     # Values are copied, not computed, and nothing else is touched.
     assert torch.equal(actual.data[:, :, 1].cpu(), expected.data[:, :, 1].to(dtype))
+
+
+def test_whole_requests_of_mixed_lengths_equal_split_ones(tmp_path: Path) -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    torch.manual_seed(0)
+    device, rows = torch.device("cuda"), 140
+    config = tiny_model("llama", tmp_path)
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    pool = PageMajorKVPool(
+        num_pages=2500,
+        page_size=16,
+        num_layers=2,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    pool.data.normal_()
+    harness = Harness(pool, max_rows=rows)
+    lengths = [1 + int(n) for n in torch.randint(1, 400, (rows,))]
+    requests = [harness.row(random_prompt(n + 1, seed=n)) for n in lengths]
+    harness.extend(*((row, n) for row, n in zip(requests, lengths, strict=True)))
+    batch = harness.decode(*requests)
+    split = create_attention(config, pool, "flashinfer")
+    assert isinstance(split, FlashInferAttention)
+    whole = split.for_graph(TableBuffers(rows, 2500, device), rows)
+    assert isinstance(whole, WholeRequestsGraphAttention)
+    q = torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
+    fresh = FreshKV(q[:, :kv_heads], q[:, :kv_heads])  # a decode step reads the pool
+    split.plan(batch)
+    expected = split.run(1, q, fresh)
+    whole.plan(page_table(batch, 16))
+    torch.testing.assert_close(whole.run(1, q, fresh), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
