@@ -21,7 +21,7 @@ from bench.gpu_engine_check import LLAMA_8B
 from engine.models.decoder import load_decoder
 from engine.models.few_rows import Tiles, few_rows_gated, few_rows_linear
 from engine.models.fused_ops import flashinfer_library
-from engine.models.products import Products, products_of, time_us
+from engine.models.products import Products, Way, alone_us, products_of
 
 LINEAR = [
     Tiles(64, 128, 5),
@@ -57,6 +57,12 @@ def build(job: tuple[bool, int, Tiles]) -> None:
     torch.cuda.synchronize()
 
 
+def way_of(tiles: Tiles, gated: bool) -> Way:
+    if gated:
+        return lambda x, weight, bias, out: few_rows_gated(x, weight, bias, tiles)
+    return lambda x, weight, bias, out: few_rows_linear(x, weight, bias, tiles, out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
@@ -83,29 +89,12 @@ def main() -> int:
                 continue
             gated = product.kind == "gated"
             weights = product.weights
-            found = {
-                name: time_us(way, rows, weights)
-                for name, way in library.ways(product.kind, rows, weights[0]).items()
-            }
+            ways = library.ways(product.kind, rows, weights[0])
             weight_rows, depth = product.shape
             for tiles in GATED if gated else LINEAR:
-                if not tiles.fit(weight_rows // 2 if gated else weight_rows, depth):
-                    continue
-
-                def way(
-                    x: torch.Tensor,
-                    weight: torch.Tensor,
-                    bias: torch.Tensor | None,
-                    out: torch.Tensor | None,
-                    tiles: Tiles = tiles,
-                    gated: bool = gated,
-                ) -> torch.Tensor:
-                    if gated:
-                        return few_rows_gated(x, weight, bias, tiles)
-                    return few_rows_linear(x, weight, bias, tiles, out)
-
-                name = f"{tiles.short} ahead {tiles.ahead}"
-                found[name] = time_us(way, rows, weights)
+                if tiles.fit(weight_rows // 2 if gated else weight_rows, depth):
+                    ways[f"{tiles.short} ahead {tiles.ahead}"] = way_of(tiles, gated)
+            found = alone_us(ways, rows, product)
             ordered = sorted(found.items(), key=lambda item: item[1])
             cells = ", ".join(f"{name} {us:.1f}" for name, us in ordered)
             print(f"   {rows:3} {product.name:8} {cells}", flush=True)

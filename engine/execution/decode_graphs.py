@@ -14,7 +14,7 @@ import torch
 
 from engine.execution.attention import GraphableAttention, GraphAttention
 from engine.execution.forward_batch import ForwardBatch
-from engine.execution.page_table import PageTable, TableBuffers, page_table
+from engine.execution.page_table import PageTable, TableBuffers, host_int32, page_table
 from engine.execution.progress import progress_bar
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.decoder import Decoder
@@ -24,7 +24,10 @@ _WARM_UP_RUNS = 2
 
 
 _MEASURED_LAYERS = 8
-"""In which the ways to compute a product are compared."""
+"""In which the ways to compute a product are compared: enough that no cache holds their weights."""
+
+_MEASURED_CONTEXT = 1024
+"""Tokens of the requests in them: beside an attention that reads nothing, other products win."""
 
 
 def ladder(max_batch: int) -> list[int]:
@@ -128,7 +131,7 @@ class DecodeGraphs:
         self, attentions: dict[int, GraphAttention], progress: Callable[[str], None]
     ) -> None:
         def layers(size: int) -> Callable[[], object]:
-            attentions[size].plan(self._padded([], size))
+            attentions[size].plan(self._usual(size))
             return lambda: self._layers(size, attentions[size])
 
         def report(done: int) -> None:
@@ -138,15 +141,28 @@ class DecodeGraphs:
             progress(f"products by rows, {line}")
 
     def _layers(self, size: int, attention: GraphAttention) -> None:
-        """A step's first layers: enough that no cache holds their weights."""
+        """A step's first layers, and its logits."""
         decoder = self._decoder
-        decoder.run_layers(
+        state = decoder.run_layers(
             range(min(_MEASURED_LAYERS, decoder.config.num_layers)),
             decoder.embed(self._input_ids[:size]),
             self._positions[:size],
             self._pool.rows(self._out_cache_loc[:size]),
             self._pool,
             attention,
+        )
+        decoder.logits(decoder.hidden_states(state), self._logits[:size])
+
+    def _usual(self, rows: int) -> PageTable:
+        """Requests of a usual length, with whatever the pool's pages hold."""
+        page_size, num_pages = self._pool.page_size, self._pool.num_pages
+        length = min(_MEASURED_CONTEXT, self._decoder.config.context_length)
+        pages = -(-length // page_size)
+        indices = torch.arange(rows * pages, device=self._pool.device) % num_pages
+        return PageTable(
+            indptr=host_int32([row * pages for row in range(rows + 1)]),
+            indices=indices.to(torch.int32),
+            last_page_len=host_int32([(length - 1) % page_size + 1] * rows),
         )
 
     def _padded(self, tables: list[PageTable], rows: int) -> PageTable:

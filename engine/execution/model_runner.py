@@ -56,6 +56,9 @@ LAST_LAYERS = 2
 and enough to be computed while that of all others leaves. (Computing an 8B's KV takes an H200 sixty
 times as long as handing it to another.)"""
 
+_USUAL_CHUNK = 8192
+"""Tokens of a prompt's step, where nobody says how many they are at most."""
+
 PROMPT_LOGITS_TOKENS = 256
 """Prompt tokens whose logits exist at a time: 128 MiB in float32 for a vocabulary of 131,072, and
 ten times that while the most likely are sorted out. (1,024 made it the largest part of 6.2 GiB that
@@ -354,6 +357,7 @@ def load_model_runner(
         steps_bytes=None if needs is None else needs.total,
     )
     runner = make.runner(group.least(num_pages, device))
+    make.choose_products(_USUAL_CHUNK if largest_step is None else largest_step.tokens)
     free_before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if graphs_up_to and isinstance(runner.attention, GraphableAttention):
         runner.capture(graphs_up_to, group, progress)
@@ -404,6 +408,17 @@ class _Maker:
         return ModelRunner(
             decoder, kv_pool=kv_pool, attention=backend, deterministic=self.deterministic
         )
+
+    def choose_products(self, most_tokens: int) -> None:
+        """Of prompts; those of decode steps are chosen where these are captured."""
+        try:
+            lines = self.decoder.choose_prompt_products(most_tokens)
+        except torch.OutOfMemoryError:
+            lines = ["not measured, as memory is short"]
+        for line in lines:
+            self.progress(f"products of prompts by tokens, {line}")
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def measured_needs(self, largest: LargestStep, graphs_up_to: int) -> StepMemory:
         """Of a CUDA device."""

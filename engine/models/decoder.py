@@ -90,6 +90,14 @@ class Decoder:
         remembered = RememberedChoices(measured_with(self.device, self.dtype))
         return products.choose(self.weights, sizes, layers, remembered, progress)
 
+    def choose_prompt_products(self, most_rows: int) -> list[str]:
+        """As Products.choose_for_prompts; several ranks choose nothing here either."""
+        products = self._ops.products
+        if products is None or self.num_ranks > 1:
+            return []
+        remembered = RememberedChoices(measured_with(self.device, self.dtype))
+        return products.choose_for_prompts(self.weights, most_rows, remembered)
+
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -38,7 +38,8 @@ class Tiles:
 
     @property
     def short(self) -> str:
-        return f"{self.columns}x{self.depth}x{self.stages}" + f"/{self.splits}" * (self.splits > 1)
+        name = f"{self.columns}x{self.depth}x{self.stages}" + f"/{self.splits}" * (self.splits > 1)
+        return name if self.ahead else f"{name} not ahead"
 
     def fit(self, weight_rows: int, depth: int) -> bool:
         part = depth // self.splits

@@ -18,13 +18,14 @@ from engine.execution.page_table import TableBuffers, page_table
 from engine.execution.sampler import Sampler
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
+from engine.models.blas_algorithms import blas_products
 from engine.models.decoder import Decoder, load_decoder
 from engine.models.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear
 from engine.models.float32_residual import add_rms_norm
 from engine.models.fused_ops import FusedOps, flashinfer_installed
 from engine.models.invariant_ops import InvariantOps
 from engine.models.ops import FreshKV, TorchOps
-from engine.models.products import GATED_TILES, LINEAR_TILES, Kind
+from engine.models.products import GATED_TILES, LINEAR_TILES, Kind, Product
 from engine.models.remembered_choices import keep_choices_in
 from engine.models.rope import RopeConfig, cos_sin_table
 from engine.models.rotary_store import rotate_and_store
@@ -279,7 +280,7 @@ def test_every_way_to_compute_a_product_is_right() -> None:
         x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
         for kind in kinds:
             ways = ops.products.ways(kind, rows, weights[0])
-            assert {"library", "cublaslt"} <= ways.keys()
+            assert {"library", "algorithm 0", "algorithm 1"} <= ways.keys()
             assert any(name.startswith("few rows") for name in ways) == (rows <= MOST_ROWS)
             full = x.double() @ weights[0].double().t()
             if kind == "gated":
@@ -290,6 +291,49 @@ def test_every_way_to_compute_a_product_is_right() -> None:
                 got = way(x, weights[0], None, room).double()
                 bound = 1e-5 if kind == "logits" else 8e-3
                 assert float((got - full).norm() / full.norm()) < bound, (rows, kind, name)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_an_algorithm_serves_other_numbers_of_rows_than_it_was_asked_for(
+    out_dtype: torch.dtype,
+) -> None:
+    weight = torch.randn(1536, 1024, device="cuda", dtype=torch.bfloat16)
+    products = blas_products(2048, weight, out_dtype)
+    assert len(products) > 1
+    served = 0
+    for rows in (2048, 1025, 1999):
+        x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+        expected = x.double() @ weight.double().t()
+        for product in products:
+            out = torch.full((rows, 1536), torch.nan, device="cuda", dtype=out_dtype)
+            if product(x, weight, out):
+                served += 1
+                error = float((out.double() - expected).norm() / expected.norm())
+                assert error < (8e-3 if out_dtype is torch.bfloat16 else 1e-5), rows
+    assert served > len(products), "at least some are not for one number of rows alone"
+    aside = torch.randn(2048 * 1024 + 8, device="cuda", dtype=torch.bfloat16)[8:].view(2048, 1024)
+    assert not products[0](aside, weight, torch.empty(2048, 1536, device="cuda", dtype=out_dtype))
+
+
+def test_prompts_of_any_length_are_right_with_products_as_measured() -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    table = cos_sin_table(RopeConfig(theta=10_000.0), 128, 64, torch.device("cuda"))
+    ops = FusedOps(table)
+    weight = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    for name in [n for n in ops.products.ways("linear", 2048, weight) if n != "library"]:
+        for kind in ("linear", "gated"):
+            product = Product("p", kind, [weight])  # type: ignore[arg-type]
+            ops.products._take([product], 2048, {"p": name})
+        for rows in (1025, 1500, 2048):
+            x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+            full = x.double() @ weight.double().t()
+            got = ops.linear(x, weight).double()
+            assert float((got - full).norm() / full.norm()) < 8e-3, (name, rows)
+            gate, up = full.chunk(2, dim=-1)
+            full = torch.nn.functional.silu(gate) * up
+            got = ops.gated_linear(x, weight).double()
+            assert float((got - full).norm() / full.norm()) < 1e-2, (name, rows)
 
 
 def test_a_start_measures_what_the_last_one_did_not(tmp_path: Path) -> None:
@@ -316,6 +360,9 @@ def test_a_start_measures_what_the_last_one_did_not(tmp_path: Path) -> None:
         ran.clear()
         assert decoder.choose_products([1, 8], layers) == first
         assert ran == []
+        prompts = decoder.choose_prompt_products(2048)
+        assert [line.partition(":")[0] for line in prompts] == ["qkv", "o", "gate_up", "down"]
+        assert decoder.choose_prompt_products(2048) == prompts
         decoder.choose_products([1, 8, 16], layers)
         assert set(ran) == {16}
     finally:
