@@ -42,7 +42,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _all_bfloat16(weight: torch.Tensor) -> bool:
-    return all(torch.equal(part.bfloat16().float(), part) for part in weight.split(_CHECKED_ROWS))
+    return all(
+        torch.equal(part.bfloat16().float(), part) for part in torch.split(weight, _CHECKED_ROWS)
+    )
 
 
 def unpack(weight: torch.Tensor) -> torch.Tensor:
