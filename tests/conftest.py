@@ -1,6 +1,7 @@
 """What every test gets: a clean environment, one thread a process, GPU tests only with a GPU."""
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Generator
@@ -66,6 +67,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # under test, whose processes must agree without.
     if not getattr(config.option, "numprocesses", None):
         os.environ.pop("PYTHONHASHSEED", None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected lives to the end, and it is most of what there is: the garbage
+    collector need not look through it, neither now (2.6 of 18 s) nor while the tests run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 LONGEST = ("tests/project/test_style.py", "tests/e2e/")

@@ -30,9 +30,9 @@ SERVICES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _executed_processes() -> Iterator[None]:
-    """Started and ended as an operator's are, imports and all."""
+@pytest.fixture
+def as_an_operators() -> Iterator[None]:
+    """Processes are started and ended as an operator's are, imports and all."""
     with executed():
         yield
 
@@ -63,7 +63,7 @@ def test_a_message_over_the_size_limit_is_refused_and_the_next_works(
 
 
 @pytest.fixture
-def without_nixl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_nixl(as_an_operators: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where NIXL is not installed: importing it fails."""
     for name in ("nixl_cu13", "nixl_cu12", "nixl"):
         package = tmp_path / "absent" / name
@@ -90,6 +90,7 @@ def test_nixl_by_name_fails_at_start_where_it_is_missing(llama: Path, tmp_path: 
         pass
 
 
+@pytest.mark.usefixtures("as_an_operators")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stream_that_runs_is_finished_before_everything_stops(
     llama: Path, tmp_path: Path, number: signal.Signals

@@ -1,4 +1,4 @@
-"""One cluster for all that processes tell of themselves: metrics, traces, log lines, phases."""
+"""A cluster for what processes tell of themselves: metrics, traces, log lines, phases."""
 
 import json
 import threading
@@ -91,14 +91,14 @@ def _goes_to_the_pair(cluster: Cluster) -> bool:
     return worker.startswith("decode-")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     running = Collector()
     yield running
     running.stop()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def cluster(
     slow_llama: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
 ) -> Iterator[Cluster]:
