@@ -7,9 +7,24 @@ thread may take a closed link for a death. All that this process owes anybody is
 """
 
 import atexit
+import faulthandler
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+LIMIT_S = 8.0
+"""What an engine may take to end after it was told to stop. Seconds; less than the front waits
+before it kills (`STOP_GRACE_S` of worker/engine_handle.py), which tells nobody why."""
+
+
+def close_in_time(*parts: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    """Closes one part after the other. A process that still runs when the time is over, here or
+    later, writes the stacks of its threads to standard error and ends with status 1: a thread of
+    C's own does that, whatever call of a library the others are held up in."""
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    for close in parts:
+        close()
 
 
 def end_process(status: int) -> NoReturn:

@@ -5,7 +5,6 @@ file descriptors: the channel, the landing window's file and the outbox's.
 """
 
 import ctypes
-import faulthandler
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from observability import logs
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
+from worker.ending import close_in_time
 from worker.engine_parts import EngineParts, EngineProcess, build_parts
 from worker.engine_role import EngineRole
 from worker.kv_traffic import KvTraffic
@@ -54,10 +54,6 @@ _PR_SET_TIMERSLACK = 29
 _QUIET_S = 0.02
 """How long nothing must have happened before an idle engine counts its pages: the milliseconds that
 this takes must not fall on a handover whose last pages are just leaving."""
-
-_ENDING_LIMIT_S = 8.0
-"""After it was told to stop, an engine that still runs writes the stacks of its threads to its log
-and ends with status 1. Less than the front waits before it kills (`STOP_GRACE_S`)."""
 
 EXIT_FRONT_GONE = 3
 
@@ -99,13 +95,7 @@ def run_engine(arguments: list[str], make_role: RoleFactory, *, traffic: KvTraff
     parts.agent.start()
     channel.send(channel_pb2.EngineToFront(ready=ready))
     run_loop(parts, role)
-    # The front would kill what does not end; this says first where it stands, in a thread of C's
-    # own, whatever call of a library some other thread is held up in.
-    faulthandler.dump_traceback_later(_ENDING_LIMIT_S, exit=True)
-    parts.grammars.close()
-    parts.agent.close()
-    parts.ranks.close()
-    channel.close()
+    close_in_time(parts.grammars.close, parts.agent.close, parts.ranks.close, channel.close)
     return 0
 
 
