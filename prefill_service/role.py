@@ -31,6 +31,9 @@ from worker.engine_parts import EngineParts
 from worker.engine_role import FAILURE_CODES, EngineRole, make_rid, told
 from worker.handover_trace import COMPUTED, PUSHED, SEALED
 
+NOTHING_FOLLOWS = (FinishReason.ABORT, FinishReason.ERROR)
+"""Of a request that ended so, what is computed still is no result."""
+
 
 @dataclass(slots=True)
 class Handover:
@@ -238,7 +241,7 @@ class PrefillRole(EngineRole):
     def _queue_behind_step(self) -> None:
         """Seals what the step launched last computes, and lets it leave, in time: when the device
         has come so far."""
-        launched = [extend for extend in self._launched if extend.req.rid in self._reqs]
+        launched = [e for e in self._launched if e.req.finish_reason not in NOTHING_FOLLOWS]
         self._launched.clear()
         layers_done, self._layers_done = self._layers_done, ()
         computed_at = layers_done[-1].passed if layers_done else None

@@ -135,6 +135,7 @@ class Worker:
                 max_queued_requests=64,
                 decode_reserve_tokens=8,
                 split_prefill_layers=handover.split if sends else 0,
+                enable_overlap=handover.overlap,
             ),
             PagedStub(self.memory, self.pool, marks=handover.behind),
             self.memory,
@@ -182,9 +183,11 @@ class Handover:
         slots: int = 8,
         split: int = 0,
         behind: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.clock = Clock()
-        self.lease_s, self.slots, self.split, self.behind = lease_s, slots, split, behind
+        self.lease_s, self.slots = lease_s, slots
+        self.split, self.behind, self.overlap = split, behind, overlap
         self.network = FakeNetwork(seed=seed, faults=faults)
         self.prefill = Worker(self, PrefillRole, PREFILL)
         self.decode = Worker(self, DecodeRole, DECODE)

@@ -45,6 +45,8 @@ class Course:
     """Layers that prefill computes at a time: the first leave before the others."""
     behind: bool = False
     """Pages leave behind the layers that compute them, before they are announced."""
+    overlap: bool = False
+    """The next step is launched before a step's results are handled."""
     busy: str = ""
     """An instance whose scheduler takes a long step while its peer waits for it..."""
     busy_from: int = 0
@@ -59,7 +61,7 @@ class Course:
 COURSES = [
     Course("plain"),
     Course("early layers", split=2),
-    Course("behind the step", behind=True),
+    Course("behind the step", behind=True, overlap=True),
     Course("busy prefill", busy=PREFILL, busy_from=1),
     Course("busy decode", busy=DECODE, busy_from=3),
     Course("client leaves", leaves=True),
@@ -87,7 +89,13 @@ class Case(Handover):
 
     def __init__(self, course: Course, fault: Fault | None) -> None:
         faults = () if fault is None else (fault,)
-        super().__init__(faults=faults, lease_s=LEASE_S, split=course.split, behind=course.behind)
+        super().__init__(
+            faults=faults,
+            lease_s=LEASE_S,
+            split=course.split,
+            behind=course.behind,
+            overlap=course.overlap,
+        )
         self.struck_in: TransferState | None = None
         self.course = course
         self.began = self.clock.now

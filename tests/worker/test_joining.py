@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from tests.engine.scheduler.stub import make_req, undisturbed
 from tests.worker.handover import DECODE, Handover
 from worker.engine_role import make_rid
@@ -68,3 +70,20 @@ def test_the_last_pages_are_acknowledged_behind_the_launch_of_the_first_step() -
 def test_pages_whose_slots_are_waited_for_are_acknowledged_at_once() -> None:
     done = order_of_forwards_and_accepts(list(range(1, 31)), slots=4)
     assert done.index("forward") > 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompts_that_leave_behind_their_step_end_exactly_whatever_they_ask_for(
+    overlap: bool,
+) -> None:
+    handover = Handover(behind=True, overlap=overlap)
+    prompts = {"one": ([1, 2, 3], 1), "two": ([4] * 6, 2), "chunks": (list(range(1, 24)), 5)}
+    exact = {}
+    for name, (prompt, max_tokens) in prompts.items():
+        handover.generate(name, prompt, max_tokens=max_tokens)
+        exact[name] = undisturbed(make_req(name, prompt, max_new_tokens=max_tokens))
+    for _ in range(60):
+        handover.step()
+    assert {name: handover.output(name) for name in prompts} == exact
+    assert not any(handover.errors.values())
+    assert not handover.owned()
