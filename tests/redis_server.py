@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.baton.certificates import Pair
+
 START_LIMIT_S = 10.0
 
 
 class RedisServer:
     """One redis-server on a port that stays the same over restarts; it keeps nothing on disk."""
 
-    def __init__(self, directory: Path, *, password: str = "") -> None:
+    def __init__(
+        self, directory: Path, *, password: str = "", tls: tuple[Pair, Path] | None = None
+    ) -> None:
+        """`tls`: its certificate and the authority of its clients; it takes no plain text then."""
         self._directory = directory
         self._password = password
+        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -28,13 +34,14 @@ class RedisServer:
     @property
     def url(self) -> str:
         secret = f":{self._password}@" if self._password else ""
-        return f"redis://{secret}127.0.0.1:{self.port}/0"
+        return f"redis{'s' if self._tls else ''}://{secret}127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         """Comes up empty, whatever was there before."""
         command = [
             "redis-server",
-            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
+            *self._port_options(),
+            *("--bind", "127.0.0.1", "--dir", str(self._directory)),
             *("--save", "", "--appendonly", "no", "--logfile", str(self._directory / "redis.log")),
             *(["--requirepass", self._password] if self._password else []),
         ]
@@ -44,6 +51,14 @@ class RedisServer:
             assert self._process.poll() is None, (self._directory / "redis.log").read_text()
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.02)
+
+    def _port_options(self) -> list[str]:
+        if self._tls is None:
+            return ["--port", str(self.port)]
+        pair, authority = self._tls
+        options = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "yes"]
+        options += ["--tls-cert-file", str(pair.certificate), "--tls-key-file", str(pair.key)]
+        return [*options, "--tls-ca-cert-file", str(authority)]
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
@@ -67,11 +82,13 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def running_redis(directory: Path, *, password: str = "") -> Iterator[RedisServer]:
+def running_redis(
+    directory: Path, *, password: str = "", tls: tuple[Pair, Path] | None = None
+) -> Iterator[RedisServer]:
     """Skips the test, by name, where there is no redis-server."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed (on Debian or Ubuntu: apt-get install it)")
-    server = RedisServer(directory, password=password)
+    server = RedisServer(directory, password=password, tls=tls)
     server.start()
     try:
         yield server

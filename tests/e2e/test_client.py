@@ -154,6 +154,28 @@ def test_bench_drives_both_doors_with_the_same_requests(tiny: Cluster, tmp_path:
     tiny.wait_until_balanced()
 
 
+def test_bench_replays_a_trace_and_tells_who_kept_to_the_slo(tiny: Cluster, tmp_path: Path) -> None:
+    lengths = [(20, 4), (30, 9), (25, 6), (20, 5), (40, 8)]
+    entries = [
+        {"timestamp": 1000 + 100 * n, "input_length": i, "output_length": o}
+        for n, (i, o) in enumerate(lengths)
+    ]
+    trace, target = tmp_path / "trace.jsonl", tmp_path / "run.json"
+    trace.write_text("\n".join(map(json.dumps, entries)))
+    files = ["--trace", str(trace), "--json", str(target)]
+    slo = ["--slo-ttft-ms", "60000", "--slo-itl-ms", "0.001"]
+    assert main(["bench", "--url", f"grpc://{tiny.grpc}", *files, *slo]) == 0
+    document = json.loads(target.read_text())
+    figures, requests = document["figures"], document["requests"]
+    assert (figures["sent"], figures["succeeded"]) == (5, 5)
+    assert figures["good"] == 0, "nobody's tokens come within a microsecond"
+    assert [(r["input_length"], r["completion_tokens"]) for r in requests] == lengths
+    planned = [request["planned_s"] - requests[0]["planned_s"] for request in requests]
+    assert planned == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert all(r["sent_s"] > r["planned_s"] - 0.01 for r in requests)
+    tiny.wait_until_balanced()
+
+
 def test_chat_talks_to_the_real_door(tiny: Cluster) -> None:
     command = [sys.executable, "-m", "baton", "chat", "--temperature", "0", "--max-tokens", "8"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the documentation says of settings is so: flags that it names exist, defaults are theirs."""
+"""What the documentation names exists: flags, defaults, errors; and the README has its parts."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+import baton
 from baton.cli import cli
 from baton.config import settings_of
 from router.config import RouterConfig
@@ -59,6 +60,13 @@ def test_defaults_beside_the_flags_of_other_engines_are_ours() -> None:
     for flag, default in stated.items():
         own = known[flag.replace("-", "_")].default
         assert default == (words[own] if isinstance(own, bool) else str(own)), flag
+
+
+def test_every_error_of_the_client_library_is_explained() -> None:
+    text = (ROOT / "docs" / "client.md").read_text(encoding="utf-8")
+    kinds = [kind.__name__ for kind in baton.RequestError.__subclasses__()]
+    assert len(kinds) > 10
+    assert not [kind for kind in kinds if f"`{kind}`" not in text]
 
 
 def test_the_readme_has_what_a_reader_decides_by() -> None:
