@@ -16,10 +16,10 @@ from grpc_reflection.v1alpha import reflection
 
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from protos.door_watch import DoorWatch
+from protos.slow_senders import SlowSenders
 from protos.tls import ServerFiles
 from router import limits, registry_service, service, tls
 from router.core import Router
-from router.slow_senders import SlowSenders
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ gRPC bounds the rest of its own connections with the options below: whoever conn
 speak HTTP/2 is cut off after `HANDSHAKE_TIMEOUT_MS`, a head or message that is too large is refused
 with RESOURCE_EXHAUSTED, an idle connection is closed in good order, and a client that does not read
 is held by HTTP/2's flow control (the journey's buffer and `write_timeout_s` count from there). It
-waits for a call's message for ever; `router/slow_senders.py` does not.
+waits for a call's message for ever; `protos/slow_senders.py` does not.
 """
 
 import contextlib

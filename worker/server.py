@@ -5,6 +5,7 @@ from typing import Any
 import grpc
 
 from protos.door_watch import DoorWatch
+from protos.slow_senders import SlowSenders
 from protos.tls import ServerFiles, check_files
 from worker.config import WorkerConfig
 
@@ -13,6 +14,12 @@ HANDSHAKE_TIMEOUT_MS = 10_000
 
 MAX_METADATA_BYTES = 16 << 10
 """Of one call; routers and peers send next to none."""
+
+MESSAGE_TIMEOUT_S = 30.0
+"""From a call's head to the end of its message, where it has one."""
+
+MAX_CONNECTIONS = 4096
+"""Routers, peers (`max_workers` of a router at most) and probes; one more is closed at once."""
 
 MAX_CALLS = 1024
 """Of one connection at a time: sessions, and questions beside them."""
@@ -41,12 +48,13 @@ class WorkerServer:
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.max_concurrent_streams", MAX_CALLS),
+            ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
             ("grpc.so_reuseport", 0),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ]
-        self.grpc: grpc.aio.Server = grpc.aio.server(
-            options=options, interceptors=[self.watch] if self.watch else []
-        )
+        interceptors: list[Any] = [self.watch] if self.watch else []
+        interceptors.append(SlowSenders(MESSAGE_TIMEOUT_S))
+        self.grpc: grpc.aio.Server = grpc.aio.server(options=options, interceptors=interceptors)
 
     def bind(self) -> str:
         """host:port under which the worker is reached. Raises OSError that names the address."""

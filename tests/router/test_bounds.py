@@ -13,6 +13,7 @@ import pytest
 
 from router.config import RouterConfig
 from router.limits import allow_files
+from tests.grpc_by_hand import grpc_call
 from tests.router.conftest import Cluster, MakeCluster, request
 from tests.router.fakes import DECODE, PREFILL, Script, expected, until
 
@@ -53,25 +54,6 @@ async def dribble(writer: asyncio.StreamWriter, data: bytes) -> None:
             writer.write(bytes([byte]))
             await writer.drain()
             await asyncio.sleep(0.03)
-
-
-def grpc_call(path: bytes, *, message_bytes: int) -> bytes:
-    """How a gRPC client begins a call, up to the first byte of its message."""
-
-    def frame(kind: int, stream: int, payload: bytes, *, flags: int = 0, length: int = 0) -> bytes:
-        size = (length or len(payload)).to_bytes(3, "big")
-        return size + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-    named = [(b":path", path), (b":authority", b"x"), (b"te", b"trailers")]
-    named += [(b"content-type", b"application/grpc")]
-    fields = b"".join(b"\0%c%b%c%b" % (len(n), n, len(v), v) for n, v in named)
-    prefix = b"\0" + message_bytes.to_bytes(4, "big")
-    return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, b"")
-        + frame(1, 1, b"\x83\x86" + fields, flags=4)  # POST, http
-        + frame(0, 1, prefix, length=len(prefix) + message_bytes)
-    )
 
 
 async def served(cluster: Cluster) -> None:
@@ -160,7 +142,7 @@ async def test_a_grpc_message_that_comes_a_byte_at_a_time_is_cut_off(
             slow = asyncio.create_task(dribble(writer, b"\x00" * 1000))
             await served(cluster)
             async with asyncio.timeout(LIMIT_S):
-                said = await reader.readuntil(b"body_timeout_s")
+                said = await reader.readuntil(b"of the call's beginning")
             assert b"did not arrive within 0.3 s" in said
             slow.cancel()
     await until(lambda: cluster.router.live == 0)

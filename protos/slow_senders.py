@@ -60,7 +60,7 @@ class SlowSenders(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except TimeoutError:
             await context.abort(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"the request did not arrive within {self._limit_s:g} s (body_timeout_s)",
+                f"the request did not arrive within {self._limit_s:g} s of the call's beginning",
             )
         except StopAsyncIteration:
             await context.abort(
