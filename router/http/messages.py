@@ -119,6 +119,7 @@ class AssistantMessage(AsSent):
     tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
     refusal: Annotated[Any, Only()] = None
+    annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
 
@@ -153,6 +154,7 @@ def for_template(messages: list[ChatMessage], template: ChatTemplate) -> list[Me
 
 def _for_template(message: ChatMessage, template: ChatTemplate, *, param: str) -> Message:
     made: Message = {name: value for name, value in message.sent.items() if value is not None}
+    made.pop("annotations", None)  # there are none
     content = made.get("content")
     if content is None and not made.get("tool_calls"):
         raise invalid(f"{param} must have content or tool_calls", param)

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -199,6 +200,39 @@ def test_a_chat_is_the_same_whole_streamed_and_over_grpc(
         over_grpc = other.complete(text, max_tokens=24, seed=5)
     assert over_grpc.token_ids == choice.model_extra["token_ids"]
     assert over_grpc.text == choice.message.content
+
+
+def test_an_answer_is_sent_back_as_the_next_turns_history(
+    client: openai.OpenAI, model: str
+) -> None:
+    """As the client's own object, and as a plain dictionary with all that it might hold."""
+    asked: dict[str, Any] = {"model": model, "max_tokens": 8, "temperature": 0}
+    said = client.chat.completions.create(**asked, messages=MESSAGES).choices[0].message
+    turns = [{"role": "user", "content": "And?"}]
+    histories: list[Any] = [said, said.model_dump(), {"role": said.role, "content": said.content}]
+    texts = {
+        client.chat.completions.create(**asked, messages=[*MESSAGES, history, *turns])
+        .choices[0]
+        .message.content
+        for history in histories
+    }
+    assert len(texts) == 1
+
+
+class Ball(pydantic.BaseModel):
+    """What a caller wants to be told of a ball."""
+
+    colour: Literal["red", "green"]
+    size: int = pydantic.Field(ge=1, le=9)
+
+
+def test_an_answer_is_parsed_into_the_callers_own_model(client: openai.OpenAI, model: str) -> None:
+    asked: Any = {"model": model, "messages": MESSAGES, "seed": 1, "max_tokens": 100}
+    whole = client.chat.completions.parse(**asked, response_format=Ball).choices[0].message
+    assert isinstance(whole.parsed, Ball)
+    with client.chat.completions.stream(**asked, response_format=Ball) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.parsed == whole.parsed
 
 
 def test_a_seed_and_a_fingerprint_repeat_the_choices(client: openai.OpenAI, model: str) -> None:

@@ -176,6 +176,7 @@ FIELDS: dict[str, dict[str, Account]] = {
         "tool_calls": Effect([CALL]),
         "reasoning_content": Effect("hm"),
         "refusal": Refusal("no"),
+        "annotations": Refusal([{"type": "url_citation"}]),
         "audio": Refusal({"id": "1"}),
         "function_call": Refusal({"name": "f", "arguments": "{}"}),
     },
