@@ -29,11 +29,27 @@ def model() -> ModelRunner:
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    yield torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    held = fill_gaps(device)
+    yield device
     torch.cuda.set_per_process_memory_fraction(1.0)
+    held.clear()
 
 
-def leave(spare_bytes: int, device: torch.device) -> None:
+def fill_gaps(device: torch.device) -> list[torch.Tensor]:
+    """What fills the gaps in torch's segments, where a step would fit after other files' tests."""
+    limit(0, device)
+    gaps: list[torch.Tensor] = []
+    size = torch.cuda.memory_reserved(device)
+    while size >= 1 << 20:
+        try:
+            gaps.append(torch.empty(size, dtype=torch.uint8, device=device))
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+    return gaps
+
+
+def limit(spare_bytes: int, device: torch.device) -> None:
     """Torch gets no more than this beside what it has."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -52,14 +68,14 @@ def test_what_was_measured_suffices_and_half_of_it_is_computed_in_parts(
     model: ModelRunner, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
     needed = peak_activations(model, LARGEST, CudaMeter(device))
-    leave(needed, device)
+    limit(needed, device)
     meter = CudaMeter(device)
     meter.begin()
     expected = drawn(model).cpu()
     taken = meter.peak_bytes()
     assert taken <= needed
     assert not caplog.records
-    leave(taken // 2, device)
+    limit(taken // 2, device)
     found = drawn(model).cpu()
     assert "was computed in parts of" in caplog.text
     # In bfloat16 parts may move a last bit, and with it a draw between near equals.
@@ -71,7 +87,7 @@ def test_a_step_that_fits_in_no_part_is_an_error_and_the_next_one_runs(
 ) -> None:
     monkeypatch.setattr(smaller_steps, "LEAST_TOKENS", TOKENS)
     drawn(model)  # libraries' own workspaces are there
-    leave(8 << 20, device)
+    limit(8 << 20, device)
     with pytest.raises(StepMemoryError, match="--chunked-prefill-size"):
         drawn(model)
     torch.cuda.set_per_process_memory_fraction(1.0)
