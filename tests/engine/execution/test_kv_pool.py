@@ -1,5 +1,9 @@
 """The page-major pool: one page is one block, and views agree about where things lie."""
 
+import mmap
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,6 +28,23 @@ def test_layout_is_page_major_with_a_padding_page(pool: PageMajorKVPool) -> None
     assert pool.data.is_contiguous()
     assert pool.num_pages == 5
     assert pool.page_bytes == 3 * 2 * 4 * 2 * 8 * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+def test_a_cpus_pool_takes_memory_only_where_it_is_written() -> None:
+    before = resident_bytes()
+    pool = PageMajorKVPool(
+        num_pages=2000, page_size=64, num_layers=8, num_kv_heads=2, head_dim=64,
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert pool.data.nbytes > 1e9
+    assert not pool.data[1999].any()
+    pool.data[7].fill_(1.0)
+    assert resident_bytes() - before < 1e8
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_bytes_are_the_same_memory_without_the_padding_page(pool: PageMajorKVPool) -> None:
