@@ -161,7 +161,7 @@ def measure(engine: Engine, prompts: list[list[int]], new: int) -> Measured:
 
 def compare(engines: dict[str, Engine], arguments: argparse.Namespace, vocab: int) -> Any:
     results: list[dict[str, Any]] = []
-    for concurrency in CONCURRENCIES:
+    for concurrency in arguments.at_once:
         prompts = prompts_of(concurrency, vocab)
         rounds: list[dict[str, Measured]] = []
         for number in range(arguments.rounds + 1):
@@ -208,6 +208,8 @@ def table(results: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "baton-tiny")
+    parser.add_argument("--at-once", type=int, nargs="+", default=CONCURRENCIES,
+                        help="numbers of requests to be measured")  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads of each engine process")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
