@@ -13,7 +13,7 @@ from baton import Client
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from tests.checkpoints import random_prompt
 from tests.e2e.cluster import Cluster, running_cluster
-from tests.e2e.worker_status import wait_for
+from tests.e2e.worker_status import get_status, wait_for
 
 LONG = random_prompt(2000, seed=3)
 PROMPT = random_prompt(90, seed=4)
@@ -77,14 +77,13 @@ def _generate(cluster: Cluster, prompt: list[int], tokens: int) -> tuple[list[in
 
 def _busy(cluster: Cluster, role: str) -> str:
     """The worker of that role that works on the only request."""
+    workers = [w for w in cluster.workers() if w["role"] == role and w["state"] == "ready"]
     found: list[str] = []
 
     def look() -> bool:
-        for worker in cluster.workers():
-            with grpc.insecure_channel(worker["address"]) as channel:
-                stub = worker_pb2_grpc.WorkerStub(channel)
-                status = stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5.0)
-            if worker["role"] == role and (status.running or status.transferring):
+        for worker in workers:
+            status = get_status(worker["address"])
+            if status.running or status.transferring:
                 found.append(worker["id"])
         return bool(found)
 
@@ -134,7 +133,7 @@ def test_a_draining_worker_gets_no_new_request(cluster: Cluster) -> None:
         assert all(victim not in other.result() for other in others)
         draining = [w["id"] for w in cluster.workers() if w["state"] == "draining"]
         assert running.done() or draining == [victim]
-        assert running.result()[1] == 0
+        assert running.result()[1] == 0, cluster.log.read_text()[-3000:]
 
 
 def test_drain_names_what_there_is_where_the_name_is_wrong(cluster: Cluster) -> None:
