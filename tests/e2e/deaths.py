@@ -76,6 +76,7 @@ def run(
 
 
 TRIES = 5
+"""How often a request is asked for again whose answer was whole before its worker was killed."""
 
 
 def replayed(ask: Callable[[], Stream], undisturbed: Stream) -> Report:

@@ -123,6 +123,19 @@ def test_early_pages_are_held_until_an_abort_has_ended_their_writes() -> None:
     assert nothing_is_left(pair)
 
 
+def assert_whole_or_failed(pair: Pair, tokens: int, pages: list[int]) -> None:
+    """Every byte is there, or both sides know that it is not; no slot is granted any more."""
+    if pair.completed("r"):
+        assert pair.identical("r", tokens, pages)
+    else:
+        assert pair.failures("prefill")
+        assert pair.failures("decode") or pair.decode.stats().failures
+    assert not pair.decode.stats().receiving
+    counts = pair.window.counts()
+    assert counts.granted == 0
+    assert counts.free + counts.quarantined == counts.total
+
+
 @pytest.mark.parametrize("nth", range(1, 6))
 @pytest.mark.parametrize("kind", list(FaultKind))
 def test_a_fault_costs_the_transfer_or_nothing(kind: FaultKind, nth: int) -> None:
@@ -133,15 +146,7 @@ def test_a_fault_costs_the_transfer_or_nothing(kind: FaultKind, nth: int) -> Non
     finish(pair, 18, pages)
     pair.run(40)
     pair.expire()
-    if pair.completed("r"):
-        assert pair.identical("r", 18, pages)
-    else:
-        assert pair.failures("prefill")
-        assert pair.failures("decode") or pair.decode.stats().failures
-    assert not pair.decode.stats().receiving
-    counts = pair.window.counts()
-    assert counts.granted == 0
-    assert counts.free + counts.quarantined == counts.total
+    assert_whole_or_failed(pair, 18, pages)
 
 
 # ---- queued behind the step that computes them ---------------------------------------------------
@@ -258,12 +263,4 @@ def test_a_fault_behind_a_step_costs_the_transfer_or_nothing(kind: FaultKind, nt
     announce(pair, 18, pages)
     pair.run(40)
     pair.expire()
-    if pair.completed("r"):
-        assert pair.identical("r", 18, pages)
-    else:
-        assert pair.failures("prefill")
-        assert pair.failures("decode") or pair.decode.stats().failures
-    assert not pair.decode.stats().receiving
-    counts = pair.window.counts()
-    assert counts.granted == 0
-    assert counts.free + counts.quarantined == counts.total
+    assert_whole_or_failed(pair, 18, pages)
