@@ -248,13 +248,17 @@ class PrefillRole(EngineRole):
         for extend in launched:
             extends = self._extends.setdefault(extend.req.rid, deque())
             extends.append(self._begin_sealing(extend, computed_at))
+        leaving = [
+            (extend.req.rid, pages)
+            for extend in launched
+            # A request of one token has no decode.
+            if layers_done and extend.req.remaining_new_tokens > 1
+            if (pages := self._leaving(extend.req, start=extend.start, end=extend.end))
+        ]
         first = 0
         for layers, passed in layers_done:
-            for extend in launched:
-                pages = self._leaving(extend.req, start=extend.start, end=extend.end)
-                # A request of one token has no decode.
-                if pages and extend.req.remaining_new_tokens > 1:
-                    self.agent.push_behind(extend.req.rid, pages, range(first, layers), passed)
+            for rid, pages in leaving:
+                self.agent.push_behind(rid, pages, range(first, layers), passed)
             first = layers
 
     def on_extend_result(
