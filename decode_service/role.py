@@ -371,6 +371,7 @@ class DecodeRole(EngineRole):
             landing.writer,
             pages=landing.pages,
             kept_tokens=len(landing.prefix) * self.parts.layout.page_size,
+            first_slot=event.first_slot,
         )
         if not self.parts.config.verify_kv:
             return ""

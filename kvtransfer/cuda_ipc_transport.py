@@ -19,7 +19,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -32,7 +32,7 @@ from kvtransfer.peer_copy import PeerCopier, PendingCopy
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
-    Transport,
+    RankTransport,
     TransportEvent,
     WriteDone,
     WriteFailed,
@@ -50,6 +50,15 @@ class _Window:
     address: int
     slots: int
     slot_bytes: int
+    offset: int
+    """Where pages from here begin in their slots. Bytes."""
+
+    def place(self, slot: int, page_bytes: int) -> int | None:
+        """Address of a page in that slot, counted from the window's first; None where it would
+        reach beyond the window. A page larger than a slot takes the slots behind it."""
+        start = slot * self.slot_bytes + self.offset
+        end = self.slots * self.slot_bytes
+        return self.address + start if slot >= 0 and start + page_bytes <= end else None
 
 
 @dataclass(slots=True)
@@ -62,12 +71,12 @@ class _Peer:
     closing: bool = False
 
     def place(self, slot: int, page_bytes: int) -> int:
-        """Address of a slot. Raises TransportError where a page there would reach beyond its
-        window. A page larger than a slot takes the slots behind it."""
+        """Address of a page in a slot. Raises TransportError where it would reach beyond the
+        slot's window."""
         for first, window in self.windows.items():
-            start = (slot - first) * window.slot_bytes
-            if 0 <= start <= window.slots * window.slot_bytes - page_bytes:
-                return window.address + start
+            address = window.place(slot - first, page_bytes)
+            if address is not None:
+                return address
         raise TransportError(f"a page in slot {slot} would be outside the peer's windows")
 
 
@@ -105,16 +114,16 @@ def unavailable_reason(device: torch.device) -> str:
     return ""
 
 
-class CudaIpcTransport(Transport):
+class CudaIpcTransport(RankTransport):
     """One engine's end."""
 
-    name: ClassVar[str] = "cuda_ipc"
-    polled: ClassVar[bool] = False
-    writes_polled: ClassVar[bool] = True
-    loss_ends_writes: ClassVar[bool] = False
-    any_thread: ClassVar[bool] = True
-    writes_parts: ClassVar[bool] = True
-    writes_behind: ClassVar[bool] = True
+    name = "cuda_ipc"
+    polled = False
+    writes_polled = True
+    loss_ends_writes = False
+    any_thread = True
+    writes_parts = True
+    writes_behind = True
 
     def __init__(
         self,
@@ -167,7 +176,11 @@ class CudaIpcTransport(Transport):
             offer["window"] = [self._exported.hex(), *self.landing.shape]
         return json.dumps(offer).encode()
 
-    def connect(self, peer: str, offer: bytes) -> None:
+    @property
+    def sends(self) -> bool:
+        return self._writer is not None
+
+    def connect(self, peer: str, offer: bytes, *, offset: int = 0) -> None:
         try:
             claims: dict[str, Any] = json.loads(offer)
             address = LinkAddress(str(claims["socket"]), str(claims["token"]), int(claims["pid"]))
@@ -182,7 +195,7 @@ class CudaIpcTransport(Transport):
             self._links.expect(peer, address)
             self._peers[peer] = _Peer(address.token)
             return
-        mapped = self._map(peer, window)
+        mapped = self._map(peer, window, offset)
         try:
             self._links.dial(peer, address)
         except TransportError:
@@ -193,7 +206,7 @@ class CudaIpcTransport(Transport):
     def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
         return json.dumps([export_window(memory).hex(), *memory.shape]).encode()
 
-    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes, *, offset: int = 0) -> None:
         entry = self._peers.get(peer)
         if entry is None or entry.closing:
             raise TransportError(f"cuda_ipc is not connected to peer {peer}")
@@ -203,7 +216,7 @@ class CudaIpcTransport(Transport):
             window = json.loads(offer)
         except ValueError as error:
             raise TransportError(f"peer {peer} makes no sense to cuda_ipc: {error}") from error
-        entry.windows[first_slot] = self._map(peer, window)
+        entry.windows[first_slot] = self._map(peer, window, offset)
 
     def _revive(self, peer: str, address: LinkAddress) -> bool:
         """A peer that is back in the same life while writes to it still go on keeps its mapping."""
@@ -219,7 +232,7 @@ class CudaIpcTransport(Transport):
         entry.closing = False
         return True
 
-    def _map(self, peer: str, window: object) -> _Window:
+    def _map(self, peer: str, window: object, offset: int) -> _Window:
         match window:
             case [str(handle), int(slots), int(slot_bytes)] if 1 <= slots <= MAX_WINDOW_SLOTS:
                 pass
@@ -231,7 +244,7 @@ class CudaIpcTransport(Transport):
             address = open_window(bytes.fromhex(handle), self._device)
         except (TransportError, ValueError) as error:
             raise TransportError(f"the window of {peer} cannot be mapped: {error}") from error
-        return _Window(address, slots, slot_bytes)
+        return _Window(address, slots, slot_bytes, offset)
 
     def disconnect(self, peer: str) -> None:
         entry = self._peers.get(peer)
@@ -330,6 +343,10 @@ class CudaIpcTransport(Transport):
 
     def busy(self) -> bool:
         return any(writer.at_work for writer in self._writers)
+
+    def handles(self) -> int:
+        windows = sum(len(peer.windows) for peer in list(self._peers.values()))
+        return windows + sum(len(writer.flights) for writer in self._writers)
 
     @property
     def _writers(self) -> list[_Writer]:

@@ -23,6 +23,8 @@ class PagesLanded:
     window: torch.Tensor
     """[slots, page_bytes] uint8: the memory that `pages`' slots index."""
     pages: tuple[LandedPage, ...]
+    first_slot: int = 0
+    """Which window it is: the number of its first slot among those of all windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

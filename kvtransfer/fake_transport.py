@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import ClassVar
 
 import torch
 
@@ -99,11 +98,11 @@ class FakeNetwork:
 class FakeTransport(Transport):
     """One side of the pair."""
 
-    name: ClassVar[str] = "fake"
-    polled: ClassVar[bool] = True
-    loss_ends_writes: ClassVar[bool] = False
-    writes_parts: ClassVar[bool] = True
-    writes_behind: ClassVar[bool] = True
+    name = "fake"
+    polled = True
+    loss_ends_writes = False
+    writes_parts = True
+    writes_behind = True
 
     def __init__(
         self,

@@ -3,22 +3,24 @@ receiver that wants some of their heads.
 
 To sender and receiver this is one transport. Its messages go between the two leading ranks; a
 write's own message follows when the writes of all ranks have ended, so what it announces is there.
-The following ranks' halves are `RankWriter`s, wherever they run.
+The following ranks' halves are `RankWriter`s, wherever they run. Each rank of a receiver has a
+landing window, with as many slots, numbered alike: a slot is granted, kept and given back on all of
+them at once, and where a window is replaced, those of all ranks are.
 """
 
 import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from kvtransfer.errors import TransportError
 from kvtransfer.geometry import pieces_for, rank_heads
-from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.transport import (
     PeerLost,
+    RankTransport,
     Transport,
     TransportEvent,
     WriteDone,
@@ -28,8 +30,15 @@ from kvtransfer.transport import (
 
 _MANY = b"ranks:"
 
-Targets = Sequence[tuple[str, bytes, int]]
-"""(peer's name here, offer of one of its windows, where this rank's piece begins in a slot)."""
+
+class Target(NamedTuple):
+    """A window that a rank here writes its piece of a page into."""
+
+    peer: str
+    """Its name here."""
+    offer: bytes
+    offset: int
+    """Where the piece begins in a slot. Bytes."""
 
 
 class RankWriter(Protocol):
@@ -39,11 +48,19 @@ class RankWriter(Protocol):
         """What peers need to write into its window; empty where it has none."""
         ...
 
-    def connect(self, targets: Targets) -> None:
+    def connect(self, targets: Sequence[Target]) -> None:
         """Raises TransportError where one of them cannot be reached."""
         ...
 
     def disconnect(self, peers: Sequence[str]) -> None: ...
+
+    def open_landing(self, first_slot: int) -> bytes:
+        """As `Transport.open_landing`, of memory of its own. Raises TransportError."""
+        ...
+
+    def connect_landing(self, first_slot: int, targets: Sequence[Target]) -> None:
+        """As `Transport.connect_landing`. Raises TransportError."""
+        ...
 
     def write(
         self,
@@ -60,6 +77,22 @@ class RankWriter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Whose window it is, and where in its slots a rank's piece begins."""
+
+    name: str
+    index: int
+    """The peer's rank."""
+    offset: int
+
+    def target(self, offers: Sequence[bytes]) -> Target:
+        """Raises TransportError where the peer offers fewer windows than it had."""
+        if self.index >= len(offers):
+            raise TransportError(f"no window of {self.name} among {len(offers)}")
+        return Target(self.name, offers[self.index], self.offset)
+
+
 @dataclass(slots=True)
 class _Write:
     peer: str
@@ -71,28 +104,32 @@ class _Write:
 
 
 class GroupTransport(Transport):
-    """The leading rank's NIXL transport, and the others'."""
-
-    name: ClassVar[str] = "nixl"
-    polled: ClassVar[bool] = True
-    loss_ends_writes: ClassVar[bool] = False
-    writes_parts: ClassVar[bool] = True
+    """The leading rank's transport, and the others'."""
 
     def __init__(
         self,
-        local: NixlTransport,
+        local: RankTransport,
         followers: Sequence[RankWriter] = (),
         *,
         kv_heads: int,
         piece_bytes: int,
     ) -> None:
         """`kv_heads`: of the whole model; `piece_bytes`: one rank's part of a page."""
+        self.name = local.name
+        self.polled = local.polled
+        self.loss_ends_writes = local.loss_ends_writes
+        self.writes_polled = local.writes_polled
+        self.writes_parts = local.writes_parts
+        # Before a write the other ranks are asked for its seals: not by the scheduler's thread.
+        self.any_thread = local.any_thread and not followers
+        # What a step here has passed tells nothing of the other ranks' devices.
+        self.writes_behind = local.writes_behind and not followers
         self._local = local
         self._followers = followers
         self._kv_heads = kv_heads
         self._piece_bytes = piece_bytes
-        self._targets: dict[str, list[list[str]]] = {}
-        """Peer -> for each rank here, the names of the windows that it writes."""
+        self._places: dict[str, list[list[_Place]]] = {}
+        """Peer -> for each rank here, the windows that it writes."""
         self._writes: dict[WriteId, _Write] = {}
         self._owners: dict[tuple[int, int], WriteId] = {}
         self._events: list[TransportEvent] = []
@@ -105,61 +142,68 @@ class GroupTransport(Transport):
     def bind(self, wake: Callable[[], None]) -> None:
         self._local.bind(wake)
 
+    # ---- peers and windows ----------------------------------------------------------------------
+
     def local_offer(self) -> bytes:
-        offers = [self._local.local_offer(), *(rank.offer() for rank in self._followers)]
-        if not all(offers) or len(offers) == 1:
-            return offers[0]
-        return _MANY + json.dumps([base64.b64encode(offer).decode() for offer in offers]).encode()
+        return _packed([self._local.local_offer(), *(rank.offer() for rank in self._followers)])
 
     def connect(self, peer: str, offer: bytes) -> None:
-        offers = _windows_of(peer, offer)
-        targets = [self._targets_of(peer, offers, rank) for rank in range(1 + len(self._followers))]
+        offers = _unpacked(peer, offer)
+        places = [
+            self._places_of(peer, len(offers), rank) for rank in range(1 + len(self._followers))
+        ]
+        self._places[peer] = places
         try:
-            for name, window, offset in targets[0] or [(peer, offers[0], 0)]:
+            for place in places[0] or [_Place(peer, 0, 0)]:
+                name, window, offset = place.target(offers)
                 self._local.connect(name, window, offset=offset)
-            for follower, theirs in zip(self._followers, targets[1:], strict=True):
+            for follower, theirs in zip(self._followers, places[1:], strict=True):
                 if theirs:
-                    follower.connect(theirs)
+                    follower.connect([place.target(offers) for place in theirs])
         except TransportError:
-            self._targets[peer] = [[name for name, _, _ in some] for some in targets]
             self.disconnect(peer)
             raise
-        self._targets[peer] = [[name for name, _, _ in some] for some in targets]
 
-    def _targets_of(
-        self, peer: str, offers: list[bytes], rank: int
-    ) -> list[tuple[str, bytes, int]]:
+    def _places_of(self, peer: str, windows: int, rank: int) -> list[_Place]:
         """The windows in which the heads of `rank` are wanted. Of several windows each is for the
         heads of one rank of the peer."""
         if not self._local.sends:
             return []
         ranks, heads = 1 + len(self._followers), self._kv_heads
         found = []
-        for index, offer in enumerate(offers):
-            wanted = rank_heads(heads, rank=index, tp_size=len(offers))
+        for index in range(windows):
+            wanted = rank_heads(heads, rank=index, tp_size=windows)
             for piece in pieces_for(wanted, heads, ranks, piece_bytes=self._piece_bytes):
                 if piece.rank == rank:
                     name = f"{peer}/{index}" if index else peer
-                    found.append((name, offer, piece.offset))
+                    found.append(_Place(name, index, piece.offset))
         return found
 
     def disconnect(self, peer: str) -> None:
-        targets = self._targets.pop(peer, [])
-        for name in {peer, *(targets[0] if targets else ())}:
+        places = self._places.pop(peer, [])
+        for name in {peer, *(place.name for place in (places[0] if places else ()))}:
             self._local.disconnect(name)
-        for follower, names in zip(self._followers, targets[1:], strict=False):
-            if names:
-                follower.disconnect(names)
+        for follower, theirs in zip(self._followers, places[1:], strict=False):
+            if theirs:
+                follower.disconnect([place.name for place in theirs])
 
     def open_landing(self, first_slot: int, memory: torch.Tensor) -> bytes:
-        if self._followers:
-            raise TransportError("the ranks' landing windows are not replaced")
-        return self._local.open_landing(first_slot, memory)
+        offers = [self._local.open_landing(first_slot, memory)]
+        return _packed(offers + [rank.open_landing(first_slot) for rank in self._followers])
 
     def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
-        if self._followers or len(self._targets.get(peer, [[]])[0]) > 1:
-            raise TransportError("the ranks' landing windows are not replaced")
-        self._local.connect_landing(peer, first_slot, offer)
+        places = self._places.get(peer)
+        if places is None:
+            raise TransportError(f"{self.name} is not connected to peer {peer}")
+        offers = _unpacked(peer, offer)
+        for place in places[0]:
+            name, window, offset = place.target(offers)
+            self._local.connect_landing(name, first_slot, window, offset=offset)
+        for follower, theirs in zip(self._followers, places[1:], strict=True):
+            if theirs:
+                follower.connect_landing(first_slot, [place.target(offers) for place in theirs])
+
+    # ---- writes and messages --------------------------------------------------------------------
 
     def write(
         self,
@@ -169,15 +213,50 @@ class GroupTransport(Transport):
         *,
         part: tuple[int, int] | None = None,
     ) -> WriteId:
-        targets = self._targets.get(peer)
-        if targets is None:
-            raise TransportError(f"NIXL is not connected to peer {peer}")
+        places = self._places_to(peer)
+        alone = sum(map(len, places)) == 1 and bool(places[0])
+        return self._begin(
+            _Write(peer, b"" if alone else message),
+            places,
+            lambda name: self._local.write(name, copies, message if alone else b"", part=part),
+            lambda follower, number, names: follower.write(number, names, copies, part),
+        )
+
+    def write_behind(
+        self,
+        peer: str,
+        copies: Sequence[tuple[int, int]],
+        *,
+        part: tuple[int, int],
+        passed: torch.cuda.Event | None,
+    ) -> WriteId:
+        if self._followers:
+            raise TransportError("writes of several ranks are not queued behind a step")
+        return self._begin(
+            _Write(peer, b""),
+            self._places_to(peer),
+            lambda name: self._local.write_behind(name, copies, part=part, passed=passed),
+        )
+
+    def _places_to(self, peer: str) -> list[list[_Place]]:
+        places = self._places.get(peer)
+        if places is None:
+            raise TransportError(f"{self.name} is not connected to peer {peer}")
+        return places
+
+    def _begin(
+        self,
+        write: _Write,
+        places: list[list[_Place]],
+        here: Callable[[str], WriteId],
+        there: Callable[[RankWriter, int, list[str]], None] | None = None,
+    ) -> WriteId:
+        """Has every rank begin. Raises TransportError where none has; what begins in parts only
+        fails when those have ended."""
         write_id = WriteId(self._next_write)
-        alone = sum(map(len, targets)) == 1 and bool(targets[0])
-        write = _Write(peer, b"" if alone else message)
-        for name in targets[0]:
+        for place in places[0]:
             try:
-                number = self._local.write(name, copies, message if alone else b"", part=part)
+                number = here(place.name)
             except TransportError as error:
                 if not write.waiting:
                     raise
@@ -186,12 +265,12 @@ class GroupTransport(Transport):
             self._wait_for(write_id, write, (0, number))
         self._next_write += 1
         self._writes[write_id] = write
-        if not write.failure:
-            for rank, (follower, names) in enumerate(
-                zip(self._followers, targets[1:], strict=True), start=1
+        if there is not None and not write.failure:
+            for rank, (follower, theirs) in enumerate(
+                zip(self._followers, places[1:], strict=True), start=1
             ):
-                if names:
-                    follower.write(write_id, names, copies, part)
+                if theirs:
+                    there(follower, write_id, [place.name for place in theirs])
                     self._wait_for(write_id, write, (rank, write_id))
         return write_id
 
@@ -240,13 +319,23 @@ class GroupTransport(Transport):
             self._events.append(WriteDone(write_id))
 
     def busy(self) -> bool:
-        return bool(self._writes)
+        return self._local.busy() or any(rank for rank, _ in self._owners)
+
+    def handles(self) -> int:
+        return self._local.handles()
 
     def close(self) -> None:
         self._local.close()
 
 
-def _windows_of(peer: str, offer: bytes) -> list[bytes]:
+def _packed(offers: Sequence[bytes]) -> bytes:
+    """The leading rank's alone where the others have none."""
+    if not all(offers) or len(offers) == 1:
+        return offers[0]
+    return _MANY + json.dumps([base64.b64encode(offer).decode() for offer in offers]).encode()
+
+
+def _unpacked(peer: str, offer: bytes) -> list[bytes]:
     if not offer.startswith(_MANY):
         return [offer]
     try:

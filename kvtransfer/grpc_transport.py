@@ -12,7 +12,6 @@ Since the fronts do the writing, the end of a session ends every write of it.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -47,9 +46,9 @@ class _Write:
 class GrpcTransport(Transport):
     """Outbox and books of the gRPC transport."""
 
-    name: ClassVar[str] = "grpc"
-    polled: ClassVar[bool] = False
-    loss_ends_writes: ClassVar[bool] = True
+    name = "grpc"
+    polled = False
+    loss_ends_writes = True
 
     def __init__(
         self,

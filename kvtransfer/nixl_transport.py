@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ from kvtransfer.nixl_memory import claim, part_of, region, rows, within
 from kvtransfer.transport import (
     MessageArrived,
     PeerLost,
-    Transport,
+    RankTransport,
     TransportEvent,
     WriteDone,
     WriteFailed,
@@ -144,13 +144,13 @@ class _InFlight:
     handle: Any
 
 
-class NixlTransport(Transport):
+class NixlTransport(RankTransport):
     """One NIXL agent and the memory that it may touch."""
 
-    name: ClassVar[str] = "nixl"
-    polled: ClassVar[bool] = True
-    loss_ends_writes: ClassVar[bool] = False
-    writes_parts: ClassVar[bool] = True
+    name = "nixl"
+    polled = True
+    loss_ends_writes = False
+    writes_parts = True
 
     def __init__(
         self,
@@ -220,7 +220,6 @@ class NixlTransport(Transport):
         return json.dumps(header).encode() + b"\0" + metadata
 
     def connect(self, peer: str, offer: bytes, *, offset: int = 0) -> None:
-        """`offset`: pages from here begin so many bytes into their slots, behind other ranks'."""
         header, _, metadata = offer.partition(b"\0")
         agent = ""
         try:
@@ -262,7 +261,7 @@ class NixlTransport(Transport):
         header = {"agent": self._agent_name, "window": claim(memory)}
         return json.dumps(header).encode() + b"\0" + metadata
 
-    def connect_landing(self, peer: str, first_slot: int, offer: bytes) -> None:
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes, *, offset: int = 0) -> None:
         entry = self._peers.get(peer)
         if entry is None or not entry.usable:
             raise TransportError(f"NIXL is not connected to peer {peer}")
@@ -271,7 +270,7 @@ class NixlTransport(Transport):
         header, _, metadata = offer.partition(b"\0")
         try:
             claims = json.loads(header)
-            found = self._window_region(claims["window"])
+            found = self._window_region(claims["window"], offset)
             loaded = self._agent.add_remote_agent(metadata)
             agent = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
             if agent != entry.agent:
@@ -291,9 +290,7 @@ class NixlTransport(Transport):
         entry.closing = False
         return True
 
-    def _window_region(
-        self, window: list[Any], offset: int = 0
-    ) -> tuple[str, npt.NDArray[np.uint64]]:
+    def _window_region(self, window: list[Any], offset: int) -> tuple[str, npt.NDArray[np.uint64]]:
         memory, address, size, device, count = window
         if memory not in ("DRAM", "VRAM") or not 1 <= count <= MAX_WINDOW_SLOTS:
             raise ValueError(f"a window of {count} slots in {memory}")

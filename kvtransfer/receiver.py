@@ -297,6 +297,7 @@ class Receiver:
                     ticket_id=entry.ticket.ticket_id,
                     window=self._memory(entry),
                     pages=tuple(fresh),
+                    first_slot=first_slot,
                 )
             )
 

@@ -8,7 +8,7 @@ them. Exactly one thread drives it (the transfer thread), so no method blocks fo
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NewType
+from typing import NewType
 
 import torch
 
@@ -56,25 +56,25 @@ TransportEvent = MessageArrived | WriteDone | WriteFailed | PeerLost
 class Transport(ABC):
     """One way to move pages."""
 
-    name: ClassVar[str]
+    name: str
     """As in configuration, offers and answers: nixl, grpc, ..."""
 
-    polled: ClassVar[bool]
+    polled: bool
     """Whether events appear only by polling; False: `wake` is called when there is one."""
 
-    loss_ends_writes: ClassVar[bool]
+    loss_ends_writes: bool
     """Whether a lost session proves that nothing of the peer can land any more."""
 
-    writes_polled: ClassVar[bool] = False
+    writes_polled: bool = False
     """Whether the end of a write appears only by polling, though messages wake."""
 
-    any_thread: ClassVar[bool] = False
+    any_thread: bool = False
     """Whether `write` and `send` may be called by any thread, one at a time."""
 
-    writes_parts: ClassVar[bool] = False
+    writes_parts: bool = False
     """Whether `write` takes a part of each page, so that finished layers may leave early."""
 
-    writes_behind: ClassVar[bool] = False
+    writes_behind: bool = False
     """Whether it has `write_behind`, so that pages may leave while they are computed."""
 
     landing: torch.Tensor | None = None
@@ -170,3 +170,20 @@ class Transport(ABC):
     def close(self) -> None:
         """Called once, at the end. Memory under unfinished writes must outlive the process's
         other uses of it; a transport that cannot stop them keeps it alive itself."""
+
+
+class RankTransport(Transport):
+    """One rank's: what it writes may be a piece of a page, behind other ranks' in the same slot."""
+
+    @property
+    @abstractmethod
+    def sends(self) -> bool:
+        """Whether it has pages to write."""
+
+    @abstractmethod
+    def connect(self, peer: str, offer: bytes, *, offset: int = 0) -> None:
+        """As `Transport.connect`; pages from here begin `offset` bytes into their slots."""
+
+    @abstractmethod
+    def connect_landing(self, peer: str, first_slot: int, offer: bytes, *, offset: int = 0) -> None:
+        """As `Transport.connect_landing`, likewise."""

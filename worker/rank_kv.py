@@ -17,6 +17,7 @@ from kvtransfer.landing import LandingTarget, Seals, land_pages
 from kvtransfer.pool_sealer import KnownSeals, PendingSeals, PoolSealer
 from kvtransfer.ticket import LandedPage
 from worker.rank_link import Kind, RankLink
+from worker.rank_windows import RankWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,9 @@ class RankKv:
         asked = json.loads(payload)
         return b"".join(self.seals(asked["pages"], asked["valid"]))
 
-    def answer_land(self, payload: bytes, window: torch.Tensor) -> bytes:
+    def answer_land(self, payload: bytes, windows: RankWindows) -> bytes:
         asked = json.loads(payload)
+        window = windows.open(asked["first_slot"])
         landed = [
             LandedPage(slot=slot, position=position, valid_tokens=valid, seal=b"", chain_hash=b"")
             for slot, position, valid in asked["landed"]
@@ -136,9 +138,12 @@ class RankLander:
         *,
         pages: Sequence[int],
         kept_tokens: int,
+        first_slot: int = 0,
     ) -> Seals:
-        """As `land_pages`, of all ranks together."""
+        """As `land_pages`, of all ranks together. `first_slot`: which of the worker's windows it
+        is; the other ranks have theirs."""
         asked: dict[str, Any] = {
+            "first_slot": first_slot,
             "landed": [(page.slot, page.position, page.valid_tokens) for page in landed],
             "page_size": writer.geometry.page_size,
             "tp_size": writer.geometry.tp_size,

@@ -28,8 +28,14 @@ class Kind(IntEnum):
     """Leader: the seals of some pages of the rank's; answered."""
     LAND = auto()
     """Leader: copy landed pages out of the window; answered with what they digest to."""
+    TRANSPORTS = auto()
+    """Leader: which ones the rank has; answered."""
     OFFER = auto()
     """Leader: how the rank's landing window is written; answered."""
+    OPEN_WINDOW = auto()
+    """Leader: expose a further landing window; answered with how it is written."""
+    CONNECT_WINDOW = auto()
+    """Leader: reach further windows of a peer; answered."""
     FILL = auto()
     """Leader: copy pages into the outbox; answered."""
     CONNECT = auto()

@@ -1,12 +1,13 @@
 """What the ranks of a tensor-parallel engine write, and what they are written into.
 
-With NIXL each rank has an agent and a landing window of its own, so pages go from rank to rank.
-With gRPC the fronts carry whole pages, all ranks' parts behind one another, between an outbox and a
-window that all ranks of a worker share. A worker offers one of the two. Its windows are not
-replaced when silent writers keep them: the slots stay in quarantine.
+With cuda_ipc and NIXL each rank has transports and landing windows of its own, so pages go from
+rank to rank. With gRPC the fronts carry whole pages, all ranks' parts behind one another, between
+an outbox and windows that all ranks of a worker share. A worker offers the former or the latter:
+its ranks copy out of one kind of window.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,30 +17,37 @@ from kvtransfer.geometry import RankPlace, pieces_for
 from kvtransfer.group_transport import GroupTransport
 from kvtransfer.grpc_transport import GrpcTransport
 from kvtransfer.layout import PageLayout
-from kvtransfer.nixl_transport import NixlTransport, unavailable_reason
+from kvtransfer.nixl_transport import unavailable_reason
+from kvtransfer.transport import RankTransport, Transport
 from kvtransfer.window import LandingWindow
 from worker.channel import EngineChannel
-from worker.config import WorkerConfig
+from worker.config import TransportName, WorkerConfig
 from worker.kv_traffic import KvTraffic
 from worker.rank_kv import RankKv, ask_all
 from worker.rank_link import Kind, RankLink
 from worker.rank_model import RankModel, window_slots
-from worker.rank_transfers import LinkedWriter, RankTransfers
+from worker.rank_transfers import LinkedRank, RankTransfers
+from worker.rank_windows import RankWindows
 from worker.transports import (
+    MAX_WINDOWS,
     OUTBOX_SLOTS,
     TransferMemory,
     Transports,
+    device_window,
+    rank_transports,
     send_message,
     shared_slots,
     submit_order,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def shares_host_memory(config: WorkerConfig) -> bool:
     """Whether the ranks hand KV over by gRPC; the same answer in each of them. Raises
     TransportUnavailableError where NIXL is asked for by name and cannot be had."""
-    if config.transport == "grpc":
-        return True
+    if config.transport in ("grpc", "cuda_ipc"):
+        return config.transport == "grpc"
     reason = unavailable_reason()
     if reason and config.transport == "nixl":
         raise TransportUnavailableError(reason)
@@ -77,28 +85,14 @@ def make_rank_transports(
     links: Sequence[RankLink],
 ) -> Transports:
     """As `make_transports`, for all ranks. Raises TransportUnavailableError."""
-    if config.transport == "cuda_ipc":
-        raise TransportUnavailableError(
-            "transport cuda_ipc is not available: it moves the pages of one GPU, and this worker's "
-            f"lie on {config.tensor_parallel_size}"
-        )
     slots, layout = memory.window_slots, memory.layout
     if memory.source is None and not slots:
         return Transports({}, None, 0)
     if not shares_host_memory(config):
-        window = None
-        if slots:
-            shape = (slots, layout.page_bytes)
-            window = torch.zeros(shape, dtype=torch.uint8, device=memory.device)
-        group = GroupTransport(
-            NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
-            [LinkedWriter(link) for link in links],
-            kv_heads=memory.kv_heads,
-            piece_bytes=layout.page_bytes,
-        )
-        return Transports({"nixl": group}, None if window is None else LandingWindow(window), 0)
+        return _direct(config.transport, instance_id=instance_id, memory=memory, links=links)
     whole = replace(layout, kv_heads=memory.kv_heads)
-    window = shared_slots(memory.window_fd, slots, whole)
+    windows = shared_slots(memory.window_fd, MAX_WINDOWS * slots, whole)
+    window = None if windows is None else windows[:slots]
     outbox = shared_slots(memory.outbox_fd, memory.outbox_slots, whole)
 
     def fill(copies: Sequence[tuple[int, int]]) -> None:
@@ -113,12 +107,65 @@ def make_rank_transports(
         pool=memory.source,
         outbox=outbox,
         landing=window,
+        further_landing=windows,
         submit=lambda order: submit_order(channel, order),
         send=lambda peer, data: send_message(channel, peer, data),
         fill=fill,
     )
-    landing = None if window is None else LandingWindow(window)
-    return Transports({"grpc": grpc}, landing, memory.outbox_slots, shared_slots=slots)
+    return Transports(
+        {"grpc": grpc},
+        None if window is None else LandingWindow(window),
+        memory.outbox_slots,
+        shared_slots=MAX_WINDOWS * slots,
+        more_windows=lambda number: _nth(windows, number, slots),
+    )
+
+
+def _direct(
+    name: TransportName,
+    *,
+    instance_id: str,
+    memory: TransferMemory,
+    links: Sequence[RankLink],
+) -> Transports:
+    """Every transport that each rank has. Raises TransportUnavailableError where there is none."""
+    window = own_window(memory)
+    mine = rank_transports(name, instance_id=instance_id, memory=memory, window=window)
+    others = [LinkedRank(link) for link in links]
+    theirs = [set(rank.transports()) for rank in others]
+    offered: dict[str, Transport] = {
+        each: GroupTransport(
+            transport,
+            [rank.writer(each) for rank in others],
+            kv_heads=memory.kv_heads,
+            piece_bytes=memory.layout.page_bytes,
+        )
+        for each, transport in mine.items()
+        if all(each in names for names in theirs)
+    }
+    if not offered:
+        raise TransportUnavailableError(
+            f"transport {name} is not available on each of the {1 + len(links)} ranks"
+        )
+    return Transports(
+        offered,
+        None if window is None else LandingWindow(window),
+        0,
+        more_windows=lambda _: own_window(memory),
+    )
+
+
+def own_window(memory: TransferMemory) -> torch.Tensor | None:
+    """Of one rank's pages, in memory that peers may write; None on a worker that receives none.
+    Raises TransportUnavailableError where the device has no room."""
+    if memory.device.type == "cuda":
+        return device_window(memory)
+    shape = (memory.window_slots, memory.layout.page_bytes)
+    return torch.zeros(shape, dtype=torch.uint8) if memory.window_slots else None
+
+
+def _nth(windows: torch.Tensor | None, number: int, slots: int) -> torch.Tensor | None:
+    return None if windows is None else windows[number * slots : (number + 1) * slots]
 
 
 # ---- the others -------------------------------------------------------------------------------
@@ -129,16 +176,17 @@ class FollowingMemory:
     """What a following rank's two threads work on."""
 
     kv: RankKv
-    window: torch.Tensor | None
+    windows: RankWindows
     """Where pages land for it."""
     outbox: torch.Tensor | None
-    nixl: NixlTransport | None
+    transports: Mapping[str, RankTransport]
 
     def transfers(self, link: RankLink) -> RankTransfers:
         return RankTransfers(
             link,
             self.kv,
-            nixl=self.nixl,
+            transports=self.transports,
+            windows=self.windows,
             outbox=self.outbox,
             outbox_offset=outbox_offset(self.kv.place),
         )
@@ -153,23 +201,41 @@ def following_memory(
     instance_id: str,
     fds: tuple[int, int],
 ) -> FollowingMemory:
-    """Raises TransportUnavailableError."""
+    """Raises TransportError where there is no room for a landing window."""
     pool, layout, kv_heads = model.runner.kv_pool, model.layout, model.checkpoint.num_kv_heads
     place = rank_place(config, layout, kv_heads, rank=rank)
     kv = RankKv(pool.as_bytes(), place)
     receives, sends = traffic is KvTraffic.RECEIVES, traffic is KvTraffic.SENDS
-    slots = window_slots(config, pool.num_pages) if receives else 0
-    window: torch.Tensor | None = None
-    outbox: torch.Tensor | None = None
-    nixl: NixlTransport | None = None
+    memory = TransferMemory(
+        layout=layout,
+        kv_heads=kv_heads,
+        device=pool.device,
+        source=kv.pool if sends else None,
+        window_slots=window_slots(config, pool.num_pages) if receives else 0,
+        outbox_slots=OUTBOX_SLOTS if sends else 0,
+        window_fd=fds[0],
+        outbox_fd=fds[1],
+    )
+    slots = memory.window_slots
     if place.shared_window:
         whole = replace(layout, kv_heads=kv_heads)
-        window = shared_slots(fds[0], slots, whole)
-        outbox = shared_slots(fds[1], OUTBOX_SLOTS if sends else 0, whole)
-    elif receives or sends:
-        if receives:
-            shape = (slots, layout.page_bytes)
-            window = torch.zeros(shape, dtype=torch.uint8, device=pool.device)
-        source = kv.pool if sends else None
-        nixl = NixlTransport(instance_id=instance_id, pool=source, landing=window)
-    return FollowingMemory(kv=kv, window=window, outbox=outbox, nixl=nixl)
+        shared = shared_slots(memory.window_fd, MAX_WINDOWS * slots, whole)
+        return FollowingMemory(
+            kv=kv,
+            windows=RankWindows(slots, lambda number: _nth(shared, number, slots)),
+            outbox=shared_slots(memory.outbox_fd, memory.outbox_slots, whole),
+            transports={},
+        )
+    windows = RankWindows(slots, lambda _: own_window(memory))
+    transports: dict[str, RankTransport] = {}
+    if receives or sends:
+        try:
+            transports = rank_transports(
+                config.transport,
+                instance_id=instance_id,
+                memory=memory,
+                window=windows.open(0) if receives else None,
+            )
+        except TransportUnavailableError as error:
+            logger.error("%s", error.message)  # the leading rank finds that it is not here
+    return FollowingMemory(kv=kv, windows=windows, outbox=None, transports=transports)

@@ -15,6 +15,7 @@ from engine.errors import EngineError
 from engine.parallel.commands import StepCommand
 from engine.parallel.group import join_group
 from engine.parallel.runners import FollowingRunner
+from kvtransfer.errors import TransferError
 from observability import logs
 from worker.config import WorkerConfig
 from worker.ending import end_process
@@ -46,19 +47,19 @@ def main(arguments: list[str]) -> int:
         device = rank_device(config, rank)
         group = join_group(rank, size, device=device, meeting_point=start["meeting_point"])
         model = load_rank_model(config, group=group, device=device, traffic=traffic)
-    except EngineError as error:
+        memory = following_memory(
+            config,
+            model,
+            rank=rank,
+            traffic=traffic,
+            instance_id=start["instance_id"],
+            fds=(window_fd, outbox_fd),
+        )
+    except (EngineError, TransferError) as error:
         print(f"error: rank {rank} of {size}: {error}", file=sys.stderr, flush=True)
         return 1
     logging.getLogger(__name__).info("rank %d of %d computes on %s", rank, size, device)
     follower = FollowingRunner(model.runner, group)
-    memory = following_memory(
-        config,
-        model,
-        rank=rank,
-        traffic=traffic,
-        instance_id=start["instance_id"],
-        fds=(window_fd, outbox_fd),
-    )
     memory.transfers(transfer_link).start(on_error=lambda: os._exit(EXIT_TRANSFERS_STOPPED))
     while True:
         kind, payload = link.receive()
@@ -69,8 +70,8 @@ def main(arguments: list[str]) -> int:
             follower.follow(StepCommand.from_bytes(payload))
         elif kind is Kind.SEAL:
             link.send(Kind.ANSWER, memory.kv.answer_seal(payload))
-        elif kind is Kind.LAND and memory.window is not None:
-            link.send(Kind.ANSWER, memory.kv.answer_land(payload, memory.window))
+        elif kind is Kind.LAND:
+            link.send(Kind.ANSWER, memory.kv.answer_land(payload, memory.windows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A following rank's part of transfers: NIXL writes of its own pages, its window, its share of the
+"""A following rank's part of transfers: writes of its own pages, its windows, its share of the
 outbox. A thread of its own drives it, as the leading rank's transfer thread drives that rank's; the
 two talk over a link that carries nothing else.
 """
@@ -9,18 +9,19 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from kvtransfer.errors import TransportError
-from kvtransfer.group_transport import Targets
-from kvtransfer.nixl_transport import NixlTransport
-from kvtransfer.transport import WriteDone, WriteFailed, WriteId
+from kvtransfer.group_transport import Target
+from kvtransfer.transport import RankTransport, WriteDone, WriteFailed, WriteId
 from worker.rank_kv import RankKv
 from worker.rank_link import Kind, RankLink
+from worker.rank_windows import RankWindows
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +29,30 @@ BUSY_POLL_S = 100e-6
 """Pause while pages travel."""
 
 LANDING_POLL_S = 1e-3
-"""Pause of a rank with a window: over TCP a write makes progress only while its target polls."""
+"""Pause of a rank with a window that NIXL writes: over TCP a write makes progress only while its
+target polls."""
 
 IDLE_POLL_S = 0.5
 
 
 @dataclass(slots=True)
 class _Write:
+    transport: str
     number: int
     waiting: set[WriteId] = field(default_factory=set)
     failure: str = ""
 
 
 class RankTransfers:
-    """Answers the leading rank's `LinkedWriter`."""
+    """Answers the leading rank's `LinkedRank`."""
 
     def __init__(
         self,
         link: RankLink,
         kv: RankKv,
         *,
-        nixl: NixlTransport | None,
+        transports: Mapping[str, RankTransport],
+        windows: RankWindows,
         outbox: torch.Tensor | None,
         outbox_offset: int | None,
     ) -> None:
@@ -56,10 +60,17 @@ class RankTransfers:
         `outbox_offset`; None where another rank holds the same heads."""
         self._link = link
         self._kv = kv
-        self._nixl = nixl
+        self._transports = transports
+        self._windows = windows
         self._outbox = outbox
         self._outbox_offset = outbox_offset
-        self._writes: dict[WriteId, _Write] = {}
+        self._writes: dict[tuple[str, WriteId], _Write] = {}
+        self._answers: dict[Kind, Callable[[dict[str, Any]], str | None]] = {
+            Kind.OFFER: self._offer,
+            Kind.CONNECT: self._connect,
+            Kind.OPEN_WINDOW: self._open_window,
+            Kind.CONNECT_WINDOW: self._connect_window,
+        }
 
     def start(self, on_error: Callable[[], None]) -> None:
         def run() -> None:
@@ -75,38 +86,44 @@ class RankTransfers:
         threading.Thread(target=run, name="kv-transfer", daemon=True).start()
 
     def step(self) -> None:
-        """One frame, if there is one, and NIXL's progress."""
+        """One frame, if there is one, and the transports' progress."""
         with contextlib.suppress(queue.Empty):
             self._handle(*self._link.receive(self._pause()))
-        if self._nixl is not None:
-            for event in self._nixl.poll():
+        for name, transport in self._transports.items():
+            for event in transport.poll():
                 if isinstance(event, WriteDone):
-                    self._end(event.write_id, "")
+                    self._end((name, event.write_id), "")
                 elif isinstance(event, WriteFailed):
-                    self._end(event.write_id, event.reason)
+                    self._end((name, event.write_id), event.reason)
 
     def _pause(self) -> float:
         if self._writes:
             return BUSY_POLL_S
-        landing = self._nixl is not None and self._nixl.landing is not None
-        return LANDING_POLL_S if landing else IDLE_POLL_S
+        polled = (t for t in self._transports.values() if t.polled)
+        return LANDING_POLL_S if any(t.landing is not None for t in polled) else IDLE_POLL_S
 
     def _handle(self, kind: Kind, payload: bytes) -> None:
         if kind is Kind.SEAL:
             self._link.send(Kind.ANSWER, self._kv.answer_seal(payload))
-        elif kind is Kind.OFFER:
-            landing = self._nixl is not None and self._nixl.landing is not None
-            offer = self._nixl.local_offer() if landing and self._nixl is not None else b""
-            self._link.send(Kind.ANSWER, offer)
+            return
+        asked = json.loads(payload) if payload else {}
+        if kind is Kind.TRANSPORTS:
+            self._link.send(Kind.ANSWER, json.dumps(list(self._transports)).encode())
         elif kind is Kind.FILL:
-            self._fill(json.loads(payload)["copies"])
-        elif kind is Kind.CONNECT:
-            self._link.send(Kind.ANSWER, self._connect(json.loads(payload)).encode())
-        elif kind is Kind.DISCONNECT and self._nixl is not None:
-            for peer in json.loads(payload):
-                self._nixl.disconnect(peer)
+            self._fill(asked["copies"])
+        elif kind is Kind.DISCONNECT:
+            for peer in asked["peers"]:
+                self._transports[asked["transport"]].disconnect(peer)
         elif kind is Kind.WRITE:
-            self._write(json.loads(payload))
+            self._write(asked)
+        elif kind in self._answers:
+            try:
+                answer = {"found": self._answers[kind](asked), "problem": ""}
+            except TransportError as error:
+                answer = {"found": None, "problem": error.message}
+            except RuntimeError as error:  # torch's out-of-memory
+                answer = {"found": None, "problem": str(error)}
+            self._link.send(Kind.ANSWER, json.dumps(answer).encode())
 
     def _fill(self, copies: list[list[int]]) -> None:
         if self._outbox is not None and self._outbox_offset is not None:
@@ -116,65 +133,116 @@ class RankTransfers:
                 self._outbox[slot, start : start + size].copy_(self._kv.pool[page])
         self._link.send(Kind.ANSWER)
 
-    def _connect(self, targets: list[list[Any]]) -> str:
-        if self._nixl is None:
-            return "this rank has no NIXL"
-        try:
-            for peer, offer, offset in targets:
-                self._nixl.connect(peer, base64.b64decode(offer), offset=offset)
-        except TransportError as error:
-            return error.message
-        return ""
+    # ---- what is asked, and answered with text or a TransportError ------------------------------
+
+    def _offer(self, asked: dict[str, Any]) -> str:
+        transport = self._transports[asked["transport"]]
+        return "" if transport.landing is None else _text(transport.local_offer())
+
+    def _connect(self, asked: dict[str, Any]) -> None:
+        transport = self._transports[asked["transport"]]
+        for peer, offer, offset in asked["targets"]:
+            transport.connect(peer, _bytes(offer), offset=offset)
+
+    def _open_window(self, asked: dict[str, Any]) -> str:
+        first_slot = asked["first_slot"]
+        memory = self._windows.open(first_slot)
+        return _text(self._transports[asked["transport"]].open_landing(first_slot, memory))
+
+    def _connect_window(self, asked: dict[str, Any]) -> None:
+        transport = self._transports[asked["transport"]]
+        for peer, offer, offset in asked["targets"]:
+            transport.connect_landing(peer, asked["first_slot"], _bytes(offer), offset=offset)
+
+    # ---- writes ---------------------------------------------------------------------------------
 
     def _write(self, asked: dict[str, Any]) -> None:
-        write = _Write(asked["number"])
+        name = asked["transport"]
+        write = _Write(name, asked["number"])
         copies = [(page, slot) for page, slot in asked["copies"]]
         part = None if asked["part"] is None else (asked["part"][0], asked["part"][1])
         for peer in asked["peers"]:
             try:
-                if self._nixl is None:
-                    raise TransportError("this rank has no NIXL")
-                write_id = self._nixl.write(peer, copies, b"", part=part)
+                write_id = self._transports[name].write(peer, copies, b"", part=part)
             except TransportError as error:
                 write.failure = error.message
                 break
             write.waiting.add(write_id)
-            self._writes[write_id] = write
+            self._writes[name, write_id] = write
         if not write.waiting:
             self._tell(write)
 
-    def _end(self, write_id: WriteId, failure: str) -> None:
-        write = self._writes.pop(write_id, None)
+    def _end(self, which: tuple[str, WriteId], failure: str) -> None:
+        write = self._writes.pop(which, None)
         if write is None:
             return
-        write.waiting.discard(write_id)
+        write.waiting.discard(which[1])
         write.failure = write.failure or failure
         if not write.waiting:
             self._tell(write)
 
     def _tell(self, write: _Write) -> None:
-        self._link.send(Kind.ENDED, json.dumps([write.number, write.failure]).encode())
+        ended = [write.transport, write.number, write.failure]
+        self._link.send(Kind.ENDED, json.dumps(ended).encode())
 
 
-class LinkedWriter:
-    """`RankWriter` of a rank at the other end of a link; of the leading rank's transfer thread."""
+class LinkedRank:
+    """A following rank at the other end of a link; of the leading rank's transfer thread."""
 
     def __init__(self, link: RankLink) -> None:
         self._link = link
+        self._ended: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+
+    def transports(self) -> list[str]:
+        """What it has, by name; waits until its model is loaded."""
+        self._link.send(Kind.TRANSPORTS)
+        return [str(name) for name in json.loads(self._link.answer())]
+
+    def writer(self, transport: str) -> "LinkedWriter":
+        return LinkedWriter(self, transport)
+
+    def tell(self, kind: Kind, **asked: Any) -> None:
+        self._link.send(kind, json.dumps(asked).encode())
+
+    def ask(self, kind: Kind, **asked: Any) -> Any:
+        """Raises TransportError: the rank cannot."""
+        self.tell(kind, **asked)
+        answer = json.loads(self._link.answer())
+        if answer["problem"]:
+            raise TransportError(answer["problem"])
+        return answer["found"]
+
+    def take_ended(self, transport: str) -> list[tuple[int, str]]:
+        """(number, failure) of that transport's writes that are over."""
+        for payload in self._link.take_ended():
+            name, number, failure = json.loads(payload)
+            self._ended[name].append((int(number), str(failure)))
+        return self._ended.pop(transport, [])
+
+
+class LinkedWriter:
+    """`RankWriter` of one of its transports."""
+
+    def __init__(self, rank: LinkedRank, transport: str) -> None:
+        self._rank = rank
+        self._transport = transport
 
     def offer(self) -> bytes:
-        self._link.send(Kind.OFFER)
-        return self._link.answer()
+        return _bytes(self._rank.ask(Kind.OFFER, transport=self._transport))
 
-    def connect(self, targets: Targets) -> None:
-        told = [(peer, base64.b64encode(offer).decode(), offset) for peer, offer, offset in targets]
-        self._link.send(Kind.CONNECT, json.dumps(told).encode())
-        problem = self._link.answer().decode()
-        if problem:
-            raise TransportError(problem)
+    def connect(self, targets: Sequence[Target]) -> None:
+        self._rank.ask(Kind.CONNECT, transport=self._transport, targets=_told(targets))
 
     def disconnect(self, peers: Sequence[str]) -> None:
-        self._link.send(Kind.DISCONNECT, json.dumps(list(peers)).encode())
+        self._rank.tell(Kind.DISCONNECT, transport=self._transport, peers=list(peers))
+
+    def open_landing(self, first_slot: int) -> bytes:
+        asked = {"transport": self._transport, "first_slot": first_slot}
+        return _bytes(self._rank.ask(Kind.OPEN_WINDOW, **asked))
+
+    def connect_landing(self, first_slot: int, targets: Sequence[Target]) -> None:
+        asked = {"transport": self._transport, "first_slot": first_slot}
+        self._rank.ask(Kind.CONNECT_WINDOW, **asked, targets=_told(targets))
 
     def write(
         self,
@@ -183,9 +251,26 @@ class LinkedWriter:
         copies: Sequence[tuple[int, int]],
         part: tuple[int, int] | None,
     ) -> None:
-        asked = {"number": number, "peers": list(peers), "copies": list(copies), "part": part}
-        self._link.send(Kind.WRITE, json.dumps(asked).encode())
+        self._rank.tell(
+            Kind.WRITE,
+            transport=self._transport,
+            number=number,
+            peers=list(peers),
+            copies=list(copies),
+            part=part,
+        )
 
     def ended(self) -> list[tuple[int, str]]:
-        ended = [json.loads(payload) for payload in self._link.take_ended()]
-        return [(int(number), str(failure)) for number, failure in ended]
+        return self._rank.take_ended(self._transport)
+
+
+def _told(targets: Sequence[Target]) -> list[tuple[str, str, int]]:
+    return [(target.peer, _text(target.offer), target.offset) for target in targets]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text)

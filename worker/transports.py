@@ -26,7 +26,7 @@ from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.orders import WriteOrder
 from kvtransfer.shared_memory import SharedMemory
-from kvtransfer.transport import Transport
+from kvtransfer.transport import RankTransport, Transport
 from kvtransfer.window import LandingWindow
 from kvtransfer.windows import MakeMemory, QuarantinePolicy
 from protos.baton.v1 import channel_pb2
@@ -89,33 +89,17 @@ def make_transports(
     if memory.source is None and not memory.window_slots:
         return Transports({}, None, 0)
     on_device = memory.device.type == "cuda" and name != "grpc"
-    window = _device_window(memory) if on_device else _shared_window(memory, 0)
-    offered: dict[str, Transport] = {}
-
-    def offer(wanted: TransportName, make: Callable[[], Transport]) -> None:
-        if name not in (wanted, "auto"):
-            return
-        try:
-            offered[wanted] = make()
-        except TransportUnavailableError as error:
-            if name == wanted:
-                raise
-            logger.warning("%s; KV moves by another transport", error.message)
-
-    if on_device or name == "cuda_ipc":
-        offer(
-            "cuda_ipc",
-            lambda: CudaIpcTransport(layout=memory.layout, pool=memory.source, landing=window),
+    window = device_window(memory) if on_device else _shared_window(memory, 0)
+    offered: dict[str, Transport] = {
+        each: GroupTransport(
+            transport, kv_heads=memory.kv_heads, piece_bytes=memory.layout.page_bytes
         )
-    offer(
-        "nixl",
-        lambda: GroupTransport(
-            NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
-            kv_heads=memory.kv_heads,
-            piece_bytes=memory.layout.page_bytes,
-        ),
-    )
-    offer("grpc", lambda: _grpc(memory, channel))
+        for each, transport in rank_transports(
+            name, instance_id=instance_id, memory=memory, window=window
+        ).items()
+    }
+    if name in ("auto", "grpc"):
+        offered["grpc"] = _grpc(memory, channel)
     has_grpc = "grpc" in offered
     return Transports(
         offered,
@@ -123,9 +107,35 @@ def make_transports(
         memory.outbox_slots if has_grpc else 0,
         shared_slots=MAX_WINDOWS * memory.window_slots if has_grpc or not on_device else 0,
         more_windows=lambda number: (
-            _device_window(memory) if on_device else _shared_window(memory, number)
+            device_window(memory) if on_device else _shared_window(memory, number)
         ),
     )
+
+
+def rank_transports(
+    name: TransportName, *, instance_id: str, memory: TransferMemory, window: torch.Tensor | None
+) -> dict[str, RankTransport]:
+    """Those by which one rank writes its peers' memory itself, best first. `window`: what peers
+    write. Raises TransportUnavailableError where one asked for by name cannot be had."""
+    makers: dict[str, Callable[[], RankTransport]] = {
+        "cuda_ipc": lambda: CudaIpcTransport(
+            layout=memory.layout, pool=memory.source, landing=window
+        ),
+        "nixl": lambda: NixlTransport(instance_id=instance_id, pool=memory.source, landing=window),
+    }
+    if name == "auto" and memory.device.type != "cuda":
+        del makers["cuda_ipc"]
+    found: dict[str, RankTransport] = {}
+    for each, make in makers.items():
+        if name not in (each, "auto"):
+            continue
+        try:
+            found[each] = make()
+        except TransportUnavailableError as error:
+            if name == each:
+                raise
+            logger.warning("%s; KV moves by another transport", error.message)
+    return found
 
 
 def _grpc(memory: TransferMemory, channel: EngineChannel) -> GrpcTransport:
@@ -139,7 +149,7 @@ def _grpc(memory: TransferMemory, channel: EngineChannel) -> GrpcTransport:
     )
 
 
-def _device_window(memory: TransferMemory) -> torch.Tensor | None:
+def device_window(memory: TransferMemory) -> torch.Tensor | None:
     """An allocation of its own, which a process beside this one may map."""
     if not memory.window_slots:
         return None
