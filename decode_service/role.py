@@ -129,8 +129,14 @@ class DecodeRole(EngineRole):
         """No ticket is granted any more: what waits for one waits better elsewhere."""
         for reservation in self._waiting.take_all():
             detail = "this decode worker drains and grants no more memory"
-            self.report_failure(reservation.rid, "UNAVAILABLE", detail, retryable=True)
+            self.report_failure(
+                reservation.rid, "UNAVAILABLE", detail, retryable=True, turned_away=True
+            )
             self.done(reservation.rid)
+
+    def is_idle(self) -> bool:
+        # A request may end before prefill knows that it need not keep its pages any longer.
+        return super().is_idle() and not self.agent.stats().receiving
 
     def _turn_away(self, rid: RequestId, why: str) -> None:
         self.report_failure(rid, "RESOURCE_EXHAUSTED", why, retryable=True, retry_after_s=1.0)

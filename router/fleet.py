@@ -5,7 +5,9 @@ import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -62,7 +64,9 @@ class Fleet:
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._links: dict[str, WorkerLink] = {}
         self._changed = asyncio.Event()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._retiring: set[WorkerLink] = set()
+        """Of workers that are off the list, while what they said last is read."""
+        self._goodbyes: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         registry.subscribe(
             Listeners(
@@ -84,8 +88,8 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
         await self.registry.close()
-        links, self._links = list(self._links.values()), {}
-        await asyncio.gather(*(link.close("the router stops") for link in links), *self._closing)
+        links, self._links = [*self._links.values(), *self._retiring], {}
+        await asyncio.gather(*(link.close("the router stops") for link in links), *self._goodbyes)
 
     # ---- what is usable -------------------------------------------------------------------------
 
@@ -179,7 +183,7 @@ class Fleet:
         except (grpc.RpcError, SessionLost) as error:
             logger.debug("no fresh figures of worker %s: %s", link.id, error)
         else:
-            link.record.status = status
+            link.record.take_status(status)
 
     # ---- operators' words -----------------------------------------------------------------------
 
@@ -200,8 +204,8 @@ class Fleet:
             raise BatonError(
                 ErrorCode.UNAVAILABLE, f"worker {link.id} cannot be told to drain: {error}"
             ) from error
+        link.note_draining()
         await self._refresh(link)
-        self._on_change(link)
         return link.id
 
     async def probe(
@@ -247,6 +251,15 @@ class Fleet:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         self._tell_peers(link)
+        if link is not None and link.left:
+            # Its word to the registry may get lost on the way; this one is here.
+            goodbye = self.registry.remove(link.id, reason="it has drained and left")
+            self._meanwhile(goodbye)
+
+    def _meanwhile(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._goodbyes.add(task)
+        task.add_done_callback(self._goodbyes.discard)
 
     def _tell_peers(self, changed: WorkerLink | None) -> None:
         """Prefill workers hear of every change among decode workers; a new one hears of all."""
@@ -282,10 +295,15 @@ class Fleet:
     def _removed(self, record: WorkerRecord) -> None:
         link = self._links.pop(record.id, None)
         if link is not None:
-            task = asyncio.create_task(link.close("it left or was replaced"))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._retiring.add(link)
+            self._meanwhile(self._retire(link))
         self._on_change(None)
+
+    async def _retire(self, link: WorkerLink) -> None:
+        try:
+            await link.retire("it left or was replaced")
+        finally:
+            self._retiring.discard(link)
 
     def _beat(self, record: WorkerRecord) -> None:
         link = self._links.get(record.id)

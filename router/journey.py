@@ -86,6 +86,8 @@ class Journey:
         self._suspected: frozenset[str] = frozenset()
         """Their peers where KV did not get from one to the other: a survivor's word often comes
         before the dead one's session ends. Left out where there is a choice."""
+        self._turned_away = 0
+        """Attempts that met a draining worker, which had done nothing for them."""
         self._event = asyncio.Event()
         self._at_least = max(1, config.max_buffered_tokens // 2) if request.whole else 1
         """Tokens that make a delta before the end: each delta costs the door, the connection and
@@ -155,7 +157,8 @@ class Journey:
 
     @property
     def replays(self) -> int:
-        return max(0, len(self.attempts) - 1)
+        """Attempts after the first because something failed; a worker that drains does not."""
+        return max(0, len(self.attempts) - 1 - self._turned_away)
 
     @property
     def output_tokens(self) -> int:
@@ -228,10 +231,10 @@ class Journey:
         return True
 
     async def _replay(self, setback: BatonError) -> None:
-        if self.replays >= self._config.max_replays:
+        if len(self.attempts) - self._turned_away > self._config.max_replays:
             raise setback
         logger.warning(
-            "request %s: replay from token %d: %s",
+            "request %s: another attempt from token %d: %s",
             self.request.request_id,
             len(self._output.ids),
             setback.message,
@@ -252,10 +255,11 @@ class Journey:
                 )
             await self._fleet.wait_for_change(left_s)
 
-    def _set_back(self, link: WorkerLink, error: BatonError) -> None:
-        """The attempt is over; another may follow."""
+    def _set_back(self, link: WorkerLink, error: BatonError, *, turned_away: bool) -> None:
+        """The attempt is over; another may follow. `turned_away`: nothing has failed."""
         if not self._over:
             self._setback = error
+            self._turned_away += turned_away
             self._blamed = self._blamed | {link.id}
             self._leave(f"another attempt follows: {error.message}")
             self._event.set()
@@ -304,7 +308,7 @@ class Journey:
             peer = attempt.peer_of(link) if failed.between_workers else None
             if peer is not None:
                 self._suspected = self._suspected | {peer.id}
-            self._set_back(link, error)
+            self._set_back(link, error, turned_away=failed.turned_away)
         else:
             self.fail(error)
 
@@ -314,7 +318,8 @@ class Journey:
         if attempt.needs(link):
             role, so_far = link.record.role_name, len(self._output.ids)
             message = f"{role} worker {link.id} was lost after {so_far} tokens ({reason})"
-            self._set_back(link, self._unavailable(message))
+            # Of what a worker has taken, nothing is open when it takes its leave.
+            self._set_back(link, self._unavailable(message), turned_away=link.left)
 
     # ---- output ---------------------------------------------------------------------------------
 

@@ -119,7 +119,11 @@ class RouterMetrics:
             self.outcomes,
             by=["outcome"],
         )
-        sheet.counter("baton_replays_total", "Attempts after a request's first", self._replays)
+        sheet.counter(
+            "baton_replays_total",
+            "Attempts after something failed; to meet a draining worker is no failure",
+            self._replays,
+        )
         sheet.counter(
             "baton_prompt_tokens_total", "Prompt tokens of ended requests", self._prompt_tokens
         )

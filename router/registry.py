@@ -77,7 +77,7 @@ class WorkerRecord:
             return inference_pb2.WORKER_STATE_INCOMPATIBLE
         if not self.connected:
             return inference_pb2.WORKER_STATE_LOST
-        if self.held_back or self.status.state == inference_pb2.WORKER_STATE_DRAINING:
+        if self.held_back or self.drains:
             return inference_pb2.WORKER_STATE_DRAINING
         return inference_pb2.WORKER_STATE_READY
 
@@ -92,6 +92,23 @@ class WorkerRecord:
     def ready(self) -> bool:
         """May be given new requests."""
         return self.state == inference_pb2.WORKER_STATE_READY
+
+    def take_status(self, status: worker_pb2.WorkerStatus) -> None:
+        """What it says of itself, by whatever way. Words overtake each other, and an instance that
+        drains is never ready again: an older one does not bring it back.
+        """
+        drains = self.drains
+        self.status = status
+        if drains:
+            self.note_draining()
+
+    @property
+    def drains(self) -> bool:
+        """It has said that it takes nothing any more."""
+        return self.status.state == inference_pb2.WORKER_STATE_DRAINING
+
+    def note_draining(self) -> None:
+        self.status.state = inference_pb2.WORKER_STATE_DRAINING
 
     def info(self) -> inference_pb2.WorkerInfo:
         """The worker as clients see it."""
@@ -353,7 +370,7 @@ def take_heartbeat(members: Members, instance_id: str, status: worker_pb2.Worker
     record = members.get(instance_id)
     if record is None:
         return False
-    record.status = status
+    record.take_status(status)
     members.touch(record)
     return True
 

@@ -271,6 +271,9 @@ class PodRegistry(WorkerRegistry):
         problem = ""
         if pod.role != role:
             problem = f"pod {pod.name} is labelled {pod.role or 'nothing'}, its worker is {role}"
+        before = self._found.get(pod.uid, "")
+        if before != registration.instance_id:
+            self._left.discard(before)
         self._found[pod.uid] = registration.instance_id
         record = self.members.add(registration, problem=problem)
         self.members.hold_back(record, pod.held_back)

@@ -75,6 +75,8 @@ class WorkerLink:
         """What a prefill worker was told of decode workers in this session; the fleet's to set."""
         self.left = False
         """It has taken its leave: what it took is finished, and it is not dialled again."""
+        self._last_session = False
+        """It is off the list: it is not dialled again either."""
         self._router_id = router_id
         self._config = config
         self._on_change = on_change
@@ -106,6 +108,16 @@ class WorkerLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._down(reason)
+
+    async def retire(self, reason: str) -> None:
+        """Lets the session end by itself, to its last message: the word that a worker is gone comes
+        by another way and may overtake its last tokens. A worker that stands still is noticed as
+        ever.
+        """
+        self._last_session = True
+        if self._task is not None and self.record.connected:
+            await asyncio.wait({self._task})
+        await self.close(reason)
 
     # ---- work -----------------------------------------------------------------------------------
 
@@ -189,7 +201,7 @@ class WorkerLink:
                 logger.exception("session with worker %s failed", self.id)
                 reason = repr(error)
             self._down(reason)
-            if self.left:
+            if self.left or self._last_session:
                 return
             if time.monotonic() - started > LAST_BACKOFF_S:
                 backoff_s = FIRST_BACKOFF_S
@@ -249,17 +261,17 @@ class WorkerLink:
             raise SessionLost(f"another instance answers: {answer.hello.instance_id or 'unnamed'}")
         if answer.hello.fingerprint != self.record.registration.fingerprint:
             raise SessionLost("it answers with another fingerprint than it registered")
-        self.record.status = answer.hello.status
+        self.record.take_status(answer.hello.status)
 
     async def _sound_out(self, call: Session) -> list[worker_pb2.WorkerMessage]:
         """Waits for a first pong, which comes from the engine: its front alone, which answers the
         hello, would make a worker whose engine hangs look ready again and again. Returns what was
-        said before it.
+        said before it. One that is leaving says no more than that.
         """
         ping = worker_pb2.Ping(nonce=next(self._nonces))
         await call.write(worker_pb2.RouterMessage(ping=ping))
         early: list[worker_pb2.WorkerMessage] = []
-        while (message := await self._read(call)).WhichOneof("kind") != "pong":
+        while (message := await self._read(call)).WhichOneof("kind") not in ("pong", "goodbye"):
             early.append(message)
         return [*early, message]
 
@@ -326,6 +338,8 @@ class WorkerLink:
                 sink.on_reserved(self, message.reserved)
         elif kind == "failed":
             sink = self._work.get((message.failed.request_id, message.failed.attempt))
+            if message.failed.turned_away:
+                self.note_draining()
             if sink is not None:
                 sink.on_failed(self, message.failed)
         elif kind == "goodbye":
@@ -335,9 +349,15 @@ class WorkerLink:
             self.record.peers[message.peer.instance_id] = message.peer
             self._on_change(self)
 
+    def note_draining(self) -> None:
+        """It takes nothing any more, as its own word says, whatever its status said last."""
+        if not self.record.drains:
+            self.record.note_draining()
+            self._on_change(self)
+
     def _take_status(self, status: worker_pb2.WorkerStatus) -> None:
         before = self.record.state
-        self.record.status = status
+        self.record.take_status(status)
         if self.record.state != before:
             self._on_change(self)
 

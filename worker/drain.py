@@ -29,9 +29,14 @@ class DrainClock:
         """A new limit in place of the one that has passed."""
         self._until = time.monotonic() + limit_s
 
+    @property
+    def left_s(self) -> float:
+        """Until its end; below 0 once that has passed."""
+        return self._until - time.monotonic()
+
     async def in_time(self) -> bool:
         """Waits until the drain is done or its time is over; whether it is done."""
-        while (left_s := self._until - time.monotonic()) > 0:
+        while (left_s := self.left_s) > 0:
             try:
                 await asyncio.wait_for(self.done.wait(), min(left_s, POLL_S))
             except TimeoutError:

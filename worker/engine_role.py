@@ -236,10 +236,12 @@ class EngineRole(SchedulerRole):
         retryable: bool,
         retry_after_s: float = 0.0,
         between_workers: bool = False,
+        turned_away: bool = False,
     ) -> None:
         """Tells the router that no further token of this attempt comes from here.
 
-        `between_workers`: KV did not get from one to the other, which may be the peer's fault."""
+        `between_workers`: KV did not get from one to the other, which may be the peer's fault;
+        `turned_away`: this worker drains, and has done nothing for it."""
         if rid not in self.arrivals:
             return
         request_id, attempt = split_rid(rid)
@@ -252,6 +254,7 @@ class EngineRole(SchedulerRole):
             error=error,
             retryable=retryable,
             between_workers=between_workers,
+            turned_away=turned_away,
         )
         self.parts.channel.send(channel_pb2.EngineToFront(work_failed=failed))
 

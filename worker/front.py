@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -42,7 +43,8 @@ SERVICE_NAME = "baton.v1.Worker"
 STATUS_TIMEOUT_S = 2.0
 PROBE_TIMEOUT_S = 60.0
 LEAVE_LIMIT_S = 2.0
-"""Longest a drained worker waits for a router to read its last words."""
+"""What a drained worker gives its routers to hear its last words, where the drain took all of its
+time; else the rest of that."""
 DEAD_GRACE_S = 0.5
 """Longest the front of a dead engine tries to take its leave of the router."""
 
@@ -98,6 +100,8 @@ class WorkerFront:
         )
         self._epoch = time.time_ns() // 1_000_000
         self._drain = DrainClock()
+        self._leave_by = math.inf
+        """It has begun to take its leave, and goes then. time.monotonic() seconds."""
         self._peer_lists = PeerLists()
         self._peer_states: dict[str, worker_pb2.PeerState] = {}
 
@@ -150,6 +154,7 @@ class WorkerFront:
                 router_addresses(self.config.router),
                 request=self.describe(),
                 status=lambda: self._status,
+                leave_by=lambda: self._leave_by,
                 tls=self.config,
             )
         )
@@ -159,6 +164,7 @@ class WorkerFront:
         died = pump.done()
         if died:
             logger.error("the engine process died: this worker ends with it")
+            self._leave_by = time.monotonic()
             for session in list(self._sessions):
                 session.break_off("the engine process died")
         else:
@@ -196,14 +202,22 @@ class WorkerFront:
             logger.error("%d requests are still held past their lease", len(self._owners))
 
     async def _take_leave(self) -> None:
-        """The last tokens reach the routers before their registry hears that the worker is gone."""
+        """Waits until every router has read all that it is told: it ends its session when it comes
+        to the goodbye. One that stands still may do so for as long as the drain has time.
+        """
+        left_s = max(LEAVE_LIMIT_S, self._drain.left_s)
+        self._leave_by = time.monotonic() + left_s
         for session in list(self._sessions):
-            if self._drain.done.is_set():
-                session.send(worker_pb2.WorkerMessage(goodbye=worker_pb2.Goodbye()))
-            session.close()
+            self._say_goodbye(session)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_LIMIT_S):
+            async with asyncio.timeout(left_s):
                 await self._unattended.wait()
+
+    def _say_goodbye(self, session: RouterSession) -> None:
+        if self._drain.done.is_set():
+            session.send(worker_pb2.WorkerMessage(goodbye=worker_pb2.Goodbye()))
+        else:
+            session.close()
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Takes no new request, finishes what runs, then ends.
@@ -251,6 +265,8 @@ class WorkerFront:
         self._unattended.clear()
         for state in self._peer_states.values():
             session.send(worker_pb2.WorkerMessage(peer=state))
+        if self._leave_by < math.inf:
+            self._say_goodbye(session)
         return worker_pb2.WorkerHello(
             instance_id=self.instance_id, fingerprint=self.ready.fingerprint, status=self._status
         )
@@ -301,20 +317,21 @@ class WorkerFront:
         request = getattr(message, kind)
         key = (request.request_id, request.attempt)
         if key in self._owners:
-            self._refuse(
-                session, key, worker_pb2.ERROR_CODE_ALREADY_EXISTS, "is live already", False
-            )
+            self._refuse(session, key, worker_pb2.ERROR_CODE_ALREADY_EXISTS, "is live already")
         elif kind != self.role.takes:
             self._refuse(
                 session,
                 key,
                 worker_pb2.ERROR_CODE_FAILED_PRECONDITION,
                 f"came as {kind}; this worker takes {self.role.takes}",
-                False,
             )
         elif self._drain.begun.is_set():
             self._refuse(
-                session, key, worker_pb2.ERROR_CODE_UNAVAILABLE, "met a draining worker", True
+                session,
+                key,
+                worker_pb2.ERROR_CODE_UNAVAILABLE,
+                "met a draining worker",
+                turned_away=True,
             )
         else:
             self._owners[key] = session
@@ -327,16 +344,17 @@ class WorkerFront:
         key: tuple[str, int],
         code: worker_pb2.ErrorCode,
         why: str,
-        retryable: bool,
+        *,
+        turned_away: bool = False,
     ) -> None:
-        error = worker_pb2.Error(code=code, message=f"request {key[0]} {why}")
-        session.send(
-            worker_pb2.WorkerMessage(
-                failed=worker_pb2.WorkFailed(
-                    request_id=key[0], attempt=key[1], error=error, retryable=retryable
-                )
-            )
+        failed = worker_pb2.WorkFailed(
+            request_id=key[0],
+            attempt=key[1],
+            error=worker_pb2.Error(code=code, message=f"request {key[0]} {why}"),
+            retryable=turned_away,
+            turned_away=turned_away,
         )
+        session.send(worker_pb2.WorkerMessage(failed=failed))
 
     def _abort(self, request_id: str, attempt: int, reason: str) -> None:
         work = worker_pb2.AbortWork(request_id=request_id, attempt=attempt, reason=reason)

@@ -5,8 +5,8 @@ one would do, or have each its own.
 """
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -23,6 +23,13 @@ REFUSED_RETRY_S = 5.0
 """Pause after a refusal: an operator must change something first."""
 
 RPC_TIMEOUT_S = 2.0
+
+GOODBYE_RETRY_S = 0.2
+"""Pause after a goodbye that nobody acknowledged."""
+
+LOST_ROUTERS = 2
+"""So often in a row a router that is told goodbye may turn out to be no longer there: once for a
+connection that broke, and once for a new one."""
 
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -42,16 +49,21 @@ async def register_with_all(
     *,
     request: worker_pb2.RegisterRequest,
     status: Callable[[], worker_pb2.WorkerStatus],
+    leave_by: Callable[[], float] = time.monotonic,
     tls: TlsSettings = PLAIN,
 ) -> None:
-    """Keeps a worker known to every router; runs until cancelled."""
+    """Keeps a worker known to every router until cancelled, and then tells them that it goes. One
+    that does not answer is told again until `leave_by`, time.monotonic() seconds.
+    """
     if not routers:
         logger.info("no router is named: waiting to be found at %s", request.address)
         await asyncio.Event().wait()
     # A group cancels each once: a second time would cut their goodbyes short.
     async with asyncio.TaskGroup() as group:
         for router in routers:
-            registration = Registration(router=router, request=request, status=status, tls=tls)
+            registration = Registration(
+                router=router, request=request, status=status, leave_by=leave_by, tls=tls
+            )
             group.create_task(registration.run(), name=f"registration with {router}")
 
 
@@ -64,8 +76,12 @@ class Registration:
         router: str,
         request: worker_pb2.RegisterRequest,
         status: Callable[[], worker_pb2.WorkerStatus],
+        leave_by: Callable[[], float] = time.monotonic,
         tls: TlsSettings = PLAIN,
     ) -> None:
+        self._leave_by = leave_by
+        self._listed = False
+        """The router has accepted it at some time."""
         self._tls = tls
         self._router = router
         self._request = request
@@ -90,11 +106,21 @@ class Registration:
                     raise
 
     async def _leave(self, stub: worker_pb2_grpc.RegistryStub) -> None:
-        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-            await stub.Deregister(
-                worker_pb2.DeregisterRequest(instance_id=self._request.instance_id),
-                timeout=RPC_TIMEOUT_S,
-            )
+        goodbye = worker_pb2.DeregisterRequest(instance_id=self._request.instance_id)
+        lost = 0
+        while lost < LOST_ROUTERS:
+            try:
+                await stub.Deregister(goodbye, timeout=RPC_TIMEOUT_S)
+            except asyncio.CancelledError:
+                return
+            except grpc.RpcError as error:
+                lost = lost + 1 if error.code() is grpc.StatusCode.UNAVAILABLE else 0
+                logger.warning("router %s was not told goodbye: %s", self._router, error)
+            else:
+                return
+            if not self._listed or time.monotonic() >= self._leave_by():
+                return
+            await asyncio.sleep(GOODBYE_RETRY_S)
 
     async def _register_and_beat(self, stub: worker_pb2_grpc.RegistryStub) -> None:
         try:
@@ -109,6 +135,7 @@ class Registration:
             )
             await asyncio.sleep(REFUSED_RETRY_S)
             return
+        self._listed = True
         logger.info("registered with router %s as %s", self._router, self._request.instance_id)
         while True:
             await asyncio.sleep(reply.heartbeat_interval_s or 1.0)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,9 @@ from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from tests.checkpoints import random_prompt
 from tests.e2e.cluster import Cluster, running_cluster
 from tests.e2e.worker_status import get_status, wait_for
+
+STANDS_STILL_S = 5.0
+"""More than a drained worker gives an RPC, and than it once gave its leave."""
 
 LONG = random_prompt(2000, seed=3)
 PROMPT = random_prompt(90, seed=4)
@@ -134,6 +138,26 @@ def test_a_draining_worker_gets_no_new_request(cluster: Cluster) -> None:
         draining = [w["id"] for w in cluster.workers() if w["state"] == "draining"]
         assert running.done() or draining == [victim]
         assert running.result()[1] == 0, cluster.log.read_text()[-3000:]
+
+
+def test_a_drain_is_exact_though_the_router_stands_still(cluster: Cluster) -> None:
+    """For longer than any single step of the leave has: tokens, goodbye and deregistration wait."""
+    undisturbed = _generate(cluster, PROMPT, 200)[0]
+    router = next(p for p in cluster.processes() if "router" in p.cmdline())
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(_generate, cluster, PROMPT, 200)
+        victim = _busy(cluster, "decode")
+        address = next(w["address"] for w in cluster.workers() if w["id"] == victim)
+        _order(cluster, victim)
+        router.suspend()
+        try:
+            wait_for(lambda: not get_status(address).running, "the end of its work")
+            time.sleep(STANDS_STILL_S)
+        finally:
+            router.resume()
+        ids, replays, *_ = running.result()
+    assert (ids, replays) == (undisturbed, 0)
+    wait_for(lambda: victim not in [w["id"] for w in cluster.workers()], "its end")
 
 
 def test_drain_names_what_there_is_where_the_name_is_wrong(cluster: Cluster) -> None:

@@ -69,6 +69,8 @@ class Script:
     """It answers WorkFailed(retryable) once, instead of the token of this index."""
     lose_peer_before: int | None = None
     """As `fail_before`, and the failure lies between the two workers."""
+    turn_away: bool = False
+    """It drains, which nobody has heard yet, and takes nothing."""
     reserve_error: worker_pb2.Error | None = None
     retryable: bool = False
     token_delay_s: float = 0.0
@@ -239,7 +241,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.say(pong=pong)
             return
         self.received.append(message)
-        if kind == "peers":
+        if self.script.turn_away and kind in ("reserve", "prefill", "generate"):
+            self._turn_away(getattr(message, kind))
+        elif kind == "peers":
             for peer in message.peers.peers:
                 state = worker_pb2.PeerState(
                     instance_id=peer.instance_id, connected=True, transport="grpc"
@@ -264,6 +268,25 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._spawn(self._generate(request))
         elif kind == "abort":
             self._requests.pop((message.abort.request_id, message.abort.attempt), None)
+
+    def _turn_away(self, request: Any) -> None:
+        message = f"request {request.request_id} met a draining worker"
+        error = worker_pb2.Error(code=worker_pb2.ERROR_CODE_UNAVAILABLE, message=message)
+        self.say(
+            failed=worker_pb2.WorkFailed(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                error=error,
+                retryable=True,
+                turned_away=True,
+            )
+        )
+
+    async def deregister(self) -> None:
+        """It tells the router's registry that it goes."""
+        self._heart.cancel()
+        goodbye = worker_pb2.DeregisterRequest(instance_id=self.id)
+        await self._registry.Deregister(goodbye, timeout=5)
 
     def say(self, **kind: Any) -> None:
         self._outgoing.put_nowait(worker_pb2.WorkerMessage(**kind))

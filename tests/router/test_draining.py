@@ -1,6 +1,7 @@
 """An operator's word to drain a worker, and a router that stops."""
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
@@ -8,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from tests.router.conftest import Cluster, MakeCluster, request
-from tests.router.fakes import DECODE, PREFILL, Script, expected, until
+from tests.router.fakes import DECODE, PREFILL, UNIFIED, Script, expected, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -148,5 +149,86 @@ async def test_a_request_that_met_a_worker_on_its_way_out_goes_elsewhere(
     prefill.say(goodbye=worker_pb2.Goodbye())
     result = await running
     assert result.ids == expected([1, 2, 3], 4)
-    assert result.last.report.replays == 1
-    assert result.last.report.prefill_worker == other.id
+    report = result.last.report
+    # A goodbye means that nothing of what was taken is open: this was not taken, so nothing failed.
+    assert (report.replays, report.prefill_worker) == (0, other.id)
+
+
+@pytest.mark.parametrize(
+    ("role", "asked"), [(PREFILL, "prefill"), (DECODE, "reserve"), (UNIFIED, "generate")]
+)
+async def test_a_request_turned_away_by_a_draining_worker_is_no_replay(
+    make_cluster: MakeCluster, role: Any, asked: str
+) -> None:
+    # Nobody else is there yet: it waits, and is not given to the same one again.
+    cluster = await make_cluster(max_replays=0, replay_wait_s=10.0)
+    draining = Script(turn_away=True)
+    if role == UNIFIED:
+        victim = await cluster.unified(draining)
+    elif role == PREFILL:
+        victim, _ = await cluster.pair(prefill=draining)
+    else:
+        _, victim = await cluster.pair(decode=draining)
+    running = asyncio.create_task(cluster.generate(max_tokens=4))
+    await until(lambda: victim.kinds(asked))
+    other = await cluster.worker(role)
+    result = await running
+    assert result.ids == expected([1, 2, 3], 4)
+    assert result.last.report.replays == 0
+    assert len(victim.kinds(asked)) == 1
+    assert other.id in (result.last.report.prefill_worker, result.last.report.decode_worker)
+    assert not cluster.router.fleet.registry.members.get(victim.id).ready  # type: ignore[union-attr]
+
+
+async def test_last_tokens_are_read_though_the_registry_heard_first_that_the_worker_is_gone(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = await make_cluster(silence_timeout_s=5.0)
+    prefill, decode = await cluster.pair(decode=Script(token_delay_s=0.02))
+    link = cluster.router.fleet._links[decode.id]
+    read, readable = link._read, asyncio.Event()
+
+    async def reads_late(call: Any) -> worker_pb2.WorkerMessage:
+        await readable.wait()
+        return await read(call)
+
+    running = asyncio.create_task(cluster.generate(max_tokens=10))
+    await until(lambda: prefill.kinds("ticket"))
+    link._read = reads_late  # type: ignore[method-assign]
+    await until(lambda: not decode._tasks)  # its last token is said
+    decode.say(goodbye=worker_pb2.Goodbye())
+    await decode.deregister()
+    assert decode.id not in [record.id for record in cluster.router.fleet.registry.workers()]
+    readable.set()
+    result = await running
+    assert result.ids == expected([1, 2, 3], 10)
+    assert result.last.report.replays == 0
+    await until(lambda: not cluster.router.fleet._retiring)
+
+
+async def test_a_goodbye_takes_a_worker_off_the_list_where_its_word_to_the_registry_is_lost(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = await make_cluster(forget_lost_s=600.0)
+    _, decode = await cluster.pair()
+    decode._heart.cancel()
+    decode.say(goodbye=worker_pb2.Goodbye())
+    registry = cluster.router.fleet.registry
+    await until(lambda: registry.members.get(decode.id) is None)
+
+
+async def test_a_status_that_comes_late_makes_no_draining_worker_ready(cluster: Cluster) -> None:
+    _, decode = await cluster.pair()
+    registry = cluster.router.fleet.registry
+    before = decode.status()
+    await _drain(cluster, decode.id)
+    assert await registry.heartbeat(decode.id, before)
+    assert not registry.members.get(decode.id).ready  # type: ignore[union-attr]
+
+
+async def test_a_router_that_stops_waits_for_no_worker_that_leaves(cluster: Cluster) -> None:
+    _, decode = await cluster.pair()
+    await cluster.router.fleet.registry.remove(decode.id, reason="a test")
+    await until(lambda: cluster.router.fleet._retiring)
+    async with asyncio.timeout(3):
+        await cluster.router.fleet.close()

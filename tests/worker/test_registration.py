@@ -1,6 +1,7 @@
 """Which routers a worker registers with."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import grpc
 import pytest
 
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from worker import registration
 from worker.registration import register_with_all, router_addresses
 
 
@@ -29,7 +31,10 @@ class Registry(worker_pb2_grpc.RegistryServicer):
 
     def __init__(self) -> None:
         self.listed: set[str] = set()
-        self.beats = 0
+        self.beats = self.goodbyes = 0
+        self.moves = asyncio.Event()
+        """Unset, it answers no goodbye."""
+        self.moves.set()
 
     async def Register(self, request: Any, context: Any) -> worker_pb2.RegisterResponse:
         self.listed.add(request.instance_id)
@@ -40,6 +45,8 @@ class Registry(worker_pb2_grpc.RegistryServicer):
         return worker_pb2.HeartbeatResponse(known=request.instance_id in self.listed)
 
     async def Deregister(self, request: Any, context: Any) -> worker_pb2.DeregisterResponse:
+        self.goodbyes += 1
+        await self.moves.wait()
         self.listed.discard(request.instance_id)
         return worker_pb2.DeregisterResponse()
 
@@ -92,3 +99,52 @@ async def test_a_worker_that_names_none_waits_to_be_found() -> None:
     assert not waiting.done()
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_router_that_stands_still_is_told_goodbye_until_it_hears_it(
+    routers: list[tuple[str, Registry]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "RPC_TIMEOUT_S", 0.2)
+    address, registry = routers[0]
+    registering = asyncio.create_task(
+        register_with_all(
+            [address],
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+            leave_by=lambda: time.monotonic() + 60.0,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not registry.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    registry.moves.clear()
+    registering.cancel()
+    async with asyncio.timeout(10):
+        while registry.goodbyes < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert registry.listed
+    registry.moves.set()
+    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+    assert not registry.listed
+
+
+async def test_nobody_waits_for_a_router_that_is_no_longer_there() -> None:
+    server = grpc.aio.server()
+    registry = Registry()
+    worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    registering = asyncio.create_task(
+        register_with_all(
+            [f"127.0.0.1:{port}"],
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+            leave_by=lambda: time.monotonic() + 60.0,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not registry.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await server.stop(0)
+    registering.cancel()
+    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)

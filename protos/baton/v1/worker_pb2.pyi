@@ -506,18 +506,20 @@ class Reserved(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[_kv_pb2.Ticket, _Mapping]] = ..., reserve_ms: _Optional[float] = ...) -> None: ...
 
 class WorkFailed(_message.Message):
-    __slots__ = ("request_id", "attempt", "error", "retryable", "between_workers")
+    __slots__ = ("request_id", "attempt", "error", "retryable", "between_workers", "turned_away")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     BETWEEN_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    TURNED_AWAY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     error: Error
     retryable: bool
     between_workers: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., retryable: _Optional[bool] = ..., between_workers: _Optional[bool] = ...) -> None: ...
+    turned_away: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., retryable: _Optional[bool] = ..., between_workers: _Optional[bool] = ..., turned_away: _Optional[bool] = ...) -> None: ...
 
 class PeerState(_message.Message):
     __slots__ = ("instance_id", "connected", "transport", "reason")
