@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvtransfer.cpu_digest import cpu_digest
 from kvtransfer.digest import SEAL_BYTES, copy_and_digest
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.landing import LandingTarget, Seals, land_pages
@@ -54,6 +55,7 @@ class RankKv:
         is no part of a request. Before any page is in use. `window`: as for `land`, or None."""
         pool, layout = self.pool, self.place.layout
         if pool.device.type != "cuda":
+            cpu_digest()
             return
         self.seals([0], [layout.page_size])
         if window is not None and (window.device, window.shape[1]) == (pool.device, pool.shape[1]):

@@ -18,9 +18,9 @@ from engine.errors import ConfigError
 from engine.execution.progress import progress_bar
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.model_config import ModelConfig
-from engine.models.cpu_library import keep_builds_in
 from engine.models.fused_ops import flashinfer_library
 from engine.models.remembered_choices import keep_choices_in
+from native.library import keep_builds_in
 
 _POLL_S = 0.5
 

@@ -16,6 +16,7 @@ SOURCE_FOLDERS = (
     "decode_service",
     "engine",
     "kvtransfer",
+    "native",
     "observability",
     "prefill_service",
     "protos",
