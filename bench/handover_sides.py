@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import torch
 
+from engine.memory.kv_pool import zeros_when_touched
 from kvtransfer.agent import TransferAgent
 from kvtransfer.cuda_ipc_transport import CudaIpcTransport
 from kvtransfer.cuda_memory import allocate_window
@@ -72,8 +73,11 @@ def layout_of(page_size: int) -> PageLayout:
 
 
 def random_memory(size: int, device: torch.device) -> torch.Tensor:
-    """Random bytes, since zeros flatter."""
-    words = torch.empty(size // 8, dtype=torch.int64, device=device)
+    """Random bytes, since zeros flatter; on a CPU where a pool has them."""
+    if device.type == "cpu":
+        words = zeros_when_touched((size // 8,), torch.int64)
+    else:
+        words = torch.empty(size // 8, dtype=torch.int64, device=device)
     words.random_(generator=torch.Generator(device).manual_seed(1))
     return words.view(torch.uint8)
 

@@ -4,11 +4,13 @@ No name in the file system: nothing is left behind whichever process dies first,
 can open it.
 """
 
-import contextlib
+import ctypes
 import mmap
 import os
 import socket
+import sys
 import tempfile
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ class SharedMemory:
         """Bytes."""
         self.fd = fd
         """Descriptor to hand to the other process."""
-        self._map = mmap.mmap(fd, size)
+        self._map: mmap.mmap | ctypes.Array[ctypes.c_ubyte] | None = _mapped(fd, size)
 
     @classmethod
     def create(cls, size: int) -> "SharedMemory":
@@ -55,25 +57,30 @@ class SharedMemory:
     def tensor(self, count: int, item_bytes: int) -> "torch.Tensor":
         """The first `count * item_bytes` bytes as [count, item_bytes] uint8, sharing memory.
 
-        The tensor keeps the mapping alive; `close` refuses while one exists.
+        The tensor keeps the mapping alive, also after `close`.
         """
         import torch  # only engines need it: the front maps the same memory as plain bytes
 
-        flat = torch.frombuffer(self._map, dtype=torch.uint8, count=count * item_bytes)
+        flat = torch.frombuffer(self._mapping, dtype=torch.uint8, count=count * item_bytes)
         return flat.view(count, item_bytes)
 
     @property
     def view(self) -> memoryview:
         """All bytes, writable."""
-        return memoryview(self._map)
+        return memoryview(self._mapping).cast("B")
+
+    @property
+    def _mapping(self) -> "mmap.mmap | ctypes.Array[ctypes.c_ubyte]":
+        if self._map is None:
+            raise ValueError("shared memory that is closed")
+        return self._map
 
     def close(self) -> None:
         """Closes descriptor and mapping; the mapping stays while tensors or views of it live."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        with contextlib.suppress(BufferError):  # freed with the last view
-            self._map.close()
+        self._map = None  # unmapped with the last view
 
     def __enter__(self) -> "SharedMemory":
         return self
@@ -85,6 +92,40 @@ class SharedMemory:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_ALIGNMENT = 2 << 20
+"""Bytes. A huge page of the file can be one of the mapping only where both begin alike."""
+
+_FIXED = 0x10
+"""MAP_FIXED, which Python's mmap does not offer."""
+
+
+def _mapped(fd: int, size: int) -> "mmap.mmap | ctypes.Array[ctypes.c_ubyte]":
+    """The file's first bytes, at an address where the kernel can make huge pages of them."""
+    if sys.platform != "linux" or size < _ALIGNMENT:
+        return mmap.mmap(fd, size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    number, flag, pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
+    libc.mmap.argtypes = [pointer, number, flag, flag, flag, ctypes.c_long]
+    libc.munmap.argtypes = [pointer, number]
+    failed = pointer(-1).value
+    room = size + _ALIGNMENT
+    # Addresses first, without memory behind them; then the file over a part of them.
+    begin = libc.mmap(None, room, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if begin == failed:
+        raise OSError(ctypes.get_errno(), f"no addresses for {size} bytes of shared memory")
+    address = -(-begin // _ALIGNMENT) * _ALIGNMENT
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    if libc.mmap(address, size, access, mmap.MAP_SHARED | _FIXED, fd, 0) == failed:
+        error = ctypes.get_errno()
+        libc.munmap(begin, room)
+        raise OSError(error, f"{size} bytes of shared memory cannot be mapped")
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    # Not at the process's end, when other threads may still be reading.
+    weakref.finalize(memory, libc.munmap, begin, room).atexit = False
+    return memory
 
 
 def anonymous_file() -> int:

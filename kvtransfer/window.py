@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 
 from kvtransfer.errors import NoSlotsError
+from kvtransfer.huge_pages import HugePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class LandingWindow:
         """`memory`: [slots, page_bytes] uint8; its slots are numbered from `first_slot` on."""
         self.memory = memory
         self.first_slot = first_slot
+        self.huge_pages = HugePages(memory)
         self._lock = threading.Lock()
         self._free = set(range(first_slot, first_slot + memory.shape[0]))
         self._granted: dict[int, int] = {}
@@ -102,6 +104,7 @@ class LandingWindow:
                 self._granted.pop(slot, None)
                 self._quarantined.pop(slot, None)
                 self._runs.pop(slot, None)
+                self.huge_pages.used(slot - self.first_slot)
             self._free.update(every)
 
     def quarantine(self, slots: set[int], owner: int) -> None:

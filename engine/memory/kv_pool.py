@@ -5,6 +5,7 @@ the usual pool per layer would scatter it over 64 KiB blocks (design.md section 
 one layer through a strided view.
 """
 
+import contextlib
 import math
 import mmap
 
@@ -52,7 +53,7 @@ class PageMajorKVPool:
         # survives a mask (0 * NaN).
         shape = (num_pages + 1, num_layers, 2, page_size, num_kv_heads, head_dim)
         if device.type == "cpu":
-            self.data = _zeros_when_touched(shape, dtype)
+            self.data = zeros_when_touched(shape, dtype)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         moved = self.data.view(_BYTES) if self.is_fp8 else self.data
@@ -121,11 +122,14 @@ class PageMajorKVPool:
         return k, v
 
 
-def _zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """As torch.zeros on a CPU, which writes all of it at once: half a second of every start, and
     half a GiB, for 65,536 tokens of the embedded model, of which most are never used."""
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=_BYTES).view(dtype).view(shape)
 
 

@@ -1,7 +1,9 @@
 """The landing window's books, the table of transitions, tickets and shared memory."""
 
+import gc
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +133,24 @@ def test_memory_passed_over_a_socket_is_the_same_memory() -> None:
             other.view[5] = 99
         assert tensor[0, 5] == 99
         del tensor
+
+
+def test_shared_memory_is_mapped_as_long_as_something_reads_it() -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:baton-kv")
+
+    before = mapped()
+    memory = SharedMemory.create(4 << 20)
+    view, tensor = memory.view, memory.tensor(2, 1 << 20)
+    memory.close()
+    view[1 << 20] = 7
+    del view
+    gc.collect()
+    assert tensor[1, 0] == 7
+    assert mapped() == before + 1
+    del tensor
+    gc.collect()
+    assert mapped() == before
 
 
 def test_shared_memory_that_is_too_small_is_refused() -> None:
