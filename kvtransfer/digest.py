@@ -1,9 +1,9 @@
 """Seals: a position-weighted sum of a page's valid words, modulo 2^64.
 
 Why this and not a CRC: it is a plain reduction, so it runs at the speed of memory on a GPU, and on
-a CPU in vectors, with three products of 32 bits a word (cpu_digest.c; CRC32 in Python's libraries makes about 2 GB/s a core and is
-serial); and it is linear, so sums over ranges (layer, KV head, tokens) add up to the whole page's,
-whatever order and split the two sides compute them in.
+a CPU in vectors, with three products of 32 bits a word (cpu_digest.c; CRC32 in Python's libraries
+makes about 2 GB/s a core and is serial); and it is linear, so sums over ranges (layer, KV head,
+tokens) add up to the whole page's, whatever order and split the two sides compute them in.
 
 The word at (row, offset), where a row is one layer's keys or values, has the weight
 `row_weight[row] * word_weight[offset]`, both odd and drawn from an integer mix. An odd weight is
