@@ -201,14 +201,17 @@ class KvSession:
         outbox = self._outbox
         if outbox is None:
             raise ProtocolError("an order to send, but no outbox")
-        size = outbox.slot_bytes
-        total = size * len(order.copies)
+        pieces = [
+            (offset, min(CHUNK_BYTES, end - offset))
+            for first, end in order.ranges or ((0, outbox.slot_bytes),)
+            for offset in range(first, end, CHUNK_BYTES)
+        ]
+        total = sum(length for _, length in pieces) * len(order.copies)
         self._unanswered[order.write_id] = total
         self._unacked_bytes += total
         for index, (slot, landing_slot) in enumerate(order.copies):
-            for offset in range(0, size, CHUNK_BYTES):
-                length = min(CHUNK_BYTES, size - offset)
-                last = index == len(order.copies) - 1 and offset + length == size
+            for offset, length in pieces:
+                last = index == len(order.copies) - 1 and offset == pieces[-1][0]
                 chunk = kv_pb2.PageChunk(
                     write_id=order.write_id,
                     slot=landing_slot,

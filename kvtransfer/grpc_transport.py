@@ -26,6 +26,9 @@ from kvtransfer.transport import (
     WriteId,
 )
 
+Fill = Callable[[Sequence[tuple[int, int]], tuple[int, int] | None], None]
+"""Copies (page, outbox slot); a part alone: of each page's piece in each pool."""
+
 
 @dataclass(slots=True)
 class _Write:
@@ -34,6 +37,7 @@ class _Write:
     waiting: deque[tuple[int, int]]
     """(source page, landing slot) not yet copied to the outbox."""
     message: bytes
+    part: tuple[int, int] | None
     orders: int = 0
     """Orders that the front has not answered."""
     failure: str = ""
@@ -49,6 +53,7 @@ class GrpcTransport(Transport):
     name = "grpc"
     polled = False
     loss_ends_writes = True
+    writes_parts = True
 
     def __init__(
         self,
@@ -59,18 +64,21 @@ class GrpcTransport(Transport):
         further_landing: torch.Tensor | None = None,
         submit: Callable[[WriteOrder], None],
         send: Callable[[str, bytes], None],
-        fill: Callable[[Sequence[tuple[int, int]]], None] | None = None,
+        fill: Fill | None = None,
+        pieces: Sequence[int] = (0,),
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, any device; `outbox` and `landing`: shared memory,
         [slots, page_bytes] uint8. `further_landing`: the slots of all windows that there may be,
         where the worker's own further windows are not shared memory. `submit` and `send` pass an
         order or a (peer, message) to the front; they are called on the transfer thread and must
-        not block for long. `fill` copies (page, outbox slot); None: whole pages of this pool."""
+        not block for long. `fill` copies pages into the outbox; None: those of this pool. `pieces`:
+        where the parts of a page that lie in several pools begin in a slot. Bytes."""
         self.landing = landing
         self._further_landing = further_landing
         self._pool = pool
         self._outbox = outbox
         self._fill = fill or self._copy
+        self._pieces = pieces
         self._submit = submit
         self._send = send
         self._wake: Callable[[], None] = _nothing
@@ -134,15 +142,15 @@ class GrpcTransport(Transport):
         *,
         part: tuple[int, int] | None = None,
     ) -> WriteId:
-        if part is not None:
-            raise TransportError("gRPC sends whole pages")
         if peer not in self._peers:
             raise TransportError(f"no gRPC session with peer {peer}")
         if self._pool is None or self._outbox is None:
             raise TransportError("this worker has no outbox: it does not send KV")
         if not copies or not all(0 <= page < len(self._pool) for page, _ in copies):
             raise TransportError("source pages outside the pool")
-        write = _Write(WriteId(self._next_write), peer, deque(copies), message)
+        if part is not None and not 0 <= part[0] < part[1] <= int(self._pool.shape[1]):
+            raise TransportError(f"bytes {part} of pages of {self._pool.shape[1]} bytes")
+        write = _Write(WriteId(self._next_write), peer, deque(copies), message, part)
         self._next_write += 1
         self._writes[write.write_id] = write
         self._queue.append(write)
@@ -175,7 +183,8 @@ class GrpcTransport(Transport):
                 slot = self._free.popleft()
                 copies.append((slot, landing_slot))
                 filled.append((page, slot))
-            self._fill(filled)
+            self._fill(filled, write.part)
+            first, end = write.part or (0, 0)
             order = self._next_order
             self._next_order += 1
             write.orders += 1
@@ -187,14 +196,16 @@ class GrpcTransport(Transport):
                     write_id=order,
                     peer=write.peer,
                     copies=tuple(copies),
+                    ranges=tuple((at + first, at + end) for at in self._pieces if write.part),
                     message=write.message if write.copied else b"",
                 )
             )
 
-    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+    def _copy(self, copies: Sequence[tuple[int, int]], part: tuple[int, int] | None) -> None:
         if self._pool is not None and self._outbox is not None:
+            first, end = part or (0, int(self._pool.shape[1]))
             for page, slot in copies:
-                self._outbox[slot].copy_(self._pool[page])
+                self._outbox[slot, first:end].copy_(self._pool[page, first:end])
 
     def _on_answer(self, order: int, error: str) -> None:
         entry = self._orders.pop(order, None)

@@ -15,5 +15,7 @@ class WriteOrder:
     peer: str
     copies: tuple[tuple[int, int], ...]
     """(outbox slot, landing slot at the peer)."""
+    ranges: tuple[tuple[int, int], ...] = ()
+    """Bytes `first .. end - 1` of each slot, which go to the same place of the other; none: all."""
     message: bytes
     """Delivered after the bytes; empty on all but a write's last order."""

@@ -148,5 +148,6 @@ def write_order(message: channel_pb2.KvWrite) -> WriteOrder:
         write_id=message.write_id,
         peer=message.peer,
         copies=tuple((copy.outbox_slot, copy.landing_slot) for copy in message.copies),
+        ranges=tuple((part.first, part.end) for part in message.ranges),
         message=message.message,
     )

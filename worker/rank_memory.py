@@ -95,11 +95,12 @@ def make_rank_transports(
     window = None if windows is None else windows[:slots]
     outbox = shared_slots(memory.outbox_fd, memory.outbox_slots, whole)
 
-    def fill(copies: Sequence[tuple[int, int]]) -> None:
-        ask_all(links, Kind.FILL, {"copies": list(copies)})
+    def fill(copies: Sequence[tuple[int, int]], part: tuple[int, int] | None) -> None:
+        first, end = part or (0, layout.page_bytes)
+        ask_all(links, Kind.FILL, {"copies": list(copies), "part": (first, end)})
         if outbox is not None and memory.source is not None:
             for page, slot in copies:
-                outbox[slot, : layout.page_bytes].copy_(memory.source[page])
+                outbox[slot, first:end].copy_(memory.source[page, first:end])
         for link in links:
             link.answer()
 
@@ -111,6 +112,15 @@ def make_rank_transports(
         submit=lambda order: submit_order(channel, order),
         send=lambda peer, data: send_message(channel, peer, data),
         fill=fill,
+        pieces=[
+            piece.offset
+            for piece in pieces_for(
+                range(memory.kv_heads),
+                memory.kv_heads,
+                config.tensor_parallel_size,
+                piece_bytes=layout.page_bytes,
+            )
+        ],
     )
     return Transports(
         {"grpc": grpc},

@@ -110,7 +110,7 @@ class RankTransfers:
         if kind is Kind.TRANSPORTS:
             self._link.send(Kind.ANSWER, json.dumps(list(self._transports)).encode())
         elif kind is Kind.FILL:
-            self._fill(asked["copies"])
+            self._fill(asked["copies"], *asked["part"])
         elif kind is Kind.DISCONNECT:
             for peer in asked["peers"]:
                 self._transports[asked["transport"]].disconnect(peer)
@@ -125,12 +125,12 @@ class RankTransfers:
                 answer = {"found": None, "problem": str(error)}
             self._link.send(Kind.ANSWER, json.dumps(answer).encode())
 
-    def _fill(self, copies: list[list[int]]) -> None:
+    def _fill(self, copies: list[list[int]], first: int, end: int) -> None:
         if self._outbox is not None and self._outbox_offset is not None:
-            size = int(self._kv.pool.shape[1])
+            start = self._outbox_offset
             for page, slot in copies:
-                start = self._outbox_offset
-                self._outbox[slot, start : start + size].copy_(self._kv.pool[page])
+                place = self._outbox[slot, start + first : start + end]
+                place.copy_(self._kv.pool[page, first:end])
         self._link.send(Kind.ANSWER)
 
     # ---- what is asked, and answered with text or a TransportError ------------------------------

@@ -187,6 +187,10 @@ def submit_order(channel: EngineChannel, order: WriteOrder) -> None:
     """A write of the gRPC transport, which the front does."""
     copies = [channel_pb2.SlotCopy(outbox_slot=o, landing_slot=s) for o, s in order.copies]
     write = channel_pb2.KvWrite(
-        write_id=order.write_id, peer=order.peer, copies=copies, message=order.message
+        write_id=order.write_id,
+        peer=order.peer,
+        copies=copies,
+        ranges=[channel_pb2.ByteRange(first=first, end=end) for first, end in order.ranges],
+        message=order.message,
     )
     channel.send(channel_pb2.EngineToFront(kv_write=write))

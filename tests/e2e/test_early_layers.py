@@ -1,4 +1,4 @@
-"""Split prefill in real workers: finished layers leave over NIXL while the others are computed."""
+"""Split prefill in real workers: finished layers leave while the others are computed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +12,19 @@ from tests.checkpoints import random_prompt, reference_model
 from tests.e2e.cluster import Cluster, running_cluster
 from tests.e2e.worker_status import Probe
 
-pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
+NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
+)
 
 
-@pytest.fixture(scope="module")
-def cluster(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=[NIXL, "grpc"])
+def cluster(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
     flags = (
         "--page-size", "16",
         "--chunked-prefill-size", "64",
-        "--transport", "nixl",
+        "--transport", request.param,
         "--split-prefill-layers", "1",
     )  # fmt: skip
     with running_cluster(llama, tmp_path_factory.mktemp("early"), *flags) as running:
@@ -38,10 +42,10 @@ def test_tokens_are_exact_and_layers_left_early(cluster: Cluster, llama: Path) -
                     torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1
                 )[0, len(prompt) :].tolist()
             assert answer.token_ids == expected
-            assert answer.report.transport == "nixl"
             assert answer.report.replays == 0
     probe = Probe(cluster)
     try:
+        assert answer.report.transport == probe.transport
         assert probe.prefill().early_layers_sent > 0
     finally:
         probe.close()

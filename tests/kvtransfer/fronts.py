@@ -15,7 +15,7 @@ from kvtransfer.grpc_transport import GrpcTransport
 from kvtransfer.layout import PageLayout
 from kvtransfer.orders import WriteOrder
 from kvtransfer.shared_memory import SharedMemory
-from kvtransfer.ticket import SourcePage
+from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.window import LandingWindow
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
 
@@ -166,16 +166,22 @@ class Workers:
         self.window_memory.close()
 
     def hand_over(self, request: str, tokens: int) -> None:
-        pages = LAYOUT.pages_of(tokens)
-        ticket = self.decode.grant(
+        self.prefill.open(self.grant(request, tokens))
+        self.push(request, tokens)
+
+    def grant(self, request: str, tokens: int) -> Ticket:
+        return self.decode.grant(
             request_id=request,
             writer="p",
-            total_pages=pages,
+            total_pages=LAYOUT.pages_of(tokens),
             total_tokens=tokens,
             prefix_len=0,
             token_hash=b"",
         )
-        self.prefill.open(ticket)
+
+    def push(self, request: str, tokens: int) -> None:
+        """All pages, and the first token."""
+        pages = LAYOUT.pages_of(tokens)
         valid = [LAYOUT.valid_tokens(i, tokens) for i in range(pages)]
         seals = seals_of(digest_pages(self.source, list(range(pages)), valid, LAYOUT))
         self.prefill.push(

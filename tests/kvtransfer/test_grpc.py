@@ -4,12 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
 import torch
 
-from kvtransfer.events import KvEvent, SourceReleased, TransferCompleted, TransferFailedEvent
+from kvtransfer.events import (
+    KvEvent,
+    PagesLanded,
+    SourceReleased,
+    TransferCompleted,
+    TransferFailedEvent,
+)
 from kvtransfer.grpc_session import KvSessionClient, choose_transport, connect_info
 from kvtransfer.grpc_stream import SlotMemory
 from protos.baton.v1 import kv_pb2, kv_pb2_grpc
@@ -61,6 +68,41 @@ async def test_pages_stream_through_a_small_outbox_into_the_window() -> None:
         assert completed.total_bytes == 24 * LAYOUT.page_bytes
         assert workers.window.counts().free == workers.window.slots
         assert workers.prefill.held_pages() == {}
+
+
+async def test_layers_leave_before_the_rest_of_their_pages_is_computed() -> None:
+    """Through fewer outbox slots than pages; decode hears of no page before all of it is there."""
+    async with Workers() as workers:
+        tokens, first = 5 * LAYOUT.page_size, 2 * LAYOUT.row_bytes
+        whole = workers.source.clone()
+        workers.source[:, first:] = 0xA5  # not computed yet
+        ticket = workers.grant("r", tokens)
+        workers.prefill.open(ticket)
+        workers.prefill.push_layers("r", [(n, n) for n in range(5)], range(1))
+        slots = list(ticket.slots)  # a quarter of the window
+        window, taken = workers.window.memory, len(slots)
+        await until(lambda: torch.equal(window[slots, :first], whole[:taken, :first]))
+        assert not window[:, first:].any(), "the rest is not there"
+        assert not [e for e in workers.verify() if isinstance(e, PagesLanded)]
+        workers.source.copy_(whole)
+        workers.push("r", tokens)
+        await collect(workers, lambda s, _: any(isinstance(e, SourceReleased) for e in s))
+        assert torch.equal(workers.target[:5], whole[:5])
+        assert workers.prefill.stats().early_layers_sent == taken
+
+
+async def test_the_ranges_of_a_slot_arrive_at_their_places_alone() -> None:
+    window = bytearray(2 * SLOT)
+    async with session(window=window) as (client, mine, _, theirs, _):
+        await until(lambda: bool(theirs.connected))
+        client.submit(replace(order(1, (0, 1)), ranges=((100, 300), (2000, SLOT))))
+        await until(lambda: mine.written == [(1, "")])
+        assert theirs.messages == [b"landed"]
+        sent = bytes(range(200)) * 15
+        assert window[SLOT + 100 : SLOT + 300] == sent[100:300]
+        assert window[SLOT + 2000 :] == sent[2000:]
+        rest = window[: SLOT + 100] + window[SLOT + 300 : SLOT + 2000]
+        assert rest == bytes(len(rest))
 
 
 async def test_a_lost_session_fails_both_sides_and_strands_nothing() -> None:

@@ -148,16 +148,26 @@ class KvOut(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
 
 class KvWrite(_message.Message):
-    __slots__ = ("write_id", "peer", "copies", "message")
+    __slots__ = ("write_id", "peer", "copies", "message", "ranges")
     WRITE_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
     write_id: int
     peer: str
     copies: _containers.RepeatedCompositeFieldContainer[SlotCopy]
     message: bytes
-    def __init__(self, write_id: _Optional[int] = ..., peer: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[SlotCopy, _Mapping]]] = ..., message: _Optional[bytes] = ...) -> None: ...
+    ranges: _containers.RepeatedCompositeFieldContainer[ByteRange]
+    def __init__(self, write_id: _Optional[int] = ..., peer: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[SlotCopy, _Mapping]]] = ..., message: _Optional[bytes] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ...) -> None: ...
+
+class ByteRange(_message.Message):
+    __slots__ = ("first", "end")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    end: int
+    def __init__(self, first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class SlotCopy(_message.Message):
     __slots__ = ("outbox_slot", "landing_slot")
