@@ -1,18 +1,26 @@
-"""Counts connections that a TLS door of gRPC turned away: garbage, wrong certificates.
+"""Counts connections of a gRPC door that came to nothing: garbage, wrong certificates.
 
 gRPC refuses them by itself, far below Python, and says why on standard error alone. What Python
-sees is that a handshake begins and that a peer makes a call; a connection whose peer has made none
-when the time for handshakes is over was refused, or wanted nothing (a port scan).
+sees is that a peer makes a call. So a connection counts as refused that made none: at a TLS door,
+by the time for handshakes after its own has begun; in plain text, where gRPC tells of no beginning,
+when the kernel tells of its end. There, whoever connects and says nothing at all is let be: so do
+probes of a port that ask no more than whether it is open.
 """
 
 import contextlib
 import inspect
+import logging
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+
+from protos.ended_connections import EndedConnections
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 10.0
 """A connection has made its first call by then, or counts as refused."""
@@ -24,17 +32,63 @@ that was used to no other connection for a minute."""
 MOST_PEERS = 65_536
 """Peers and beginnings remembered; beyond them the oldest are forgotten."""
 
+SAID_NOTHING_BYTES = 1
+"""What the kernel counts of a peer that sends nothing and hangs up."""
 
-class DoorWatch(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Interceptor of one server, and the listener of its handshakes."""
+
+class DoorWatch(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-arg]
+    """Interceptor of one server."""
+
+    reason: str
+    """Why its connections were refused, as metrics say it."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._refused = 0
+
+    def begin(self, port: int) -> bool:
+        """Called in the server's loop, once the door has its port. False: nothing can be counted
+        here."""
+        return True
+
+    def close(self) -> None:
+        """Called when the server has stopped."""
+
+    @property
+    @abstractmethod
+    def refused(self) -> int:
+        """Connections that made no call, since the start."""
+
+    @abstractmethod
+    def on_call(self, peer: str) -> None:
+        """`peer`: as gRPC names it."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            # As gRPC answers it; but a call it is.
+            handler = grpc.stream_stream_rpc_method_handler(_unknown)
+        asked = "stream" if handler.request_streaming else "unary"
+        answered = "stream" if handler.response_streaming else "unary"
+        name = f"{asked}_{answered}"
+        return handler._replace(**{name: _telling(getattr(handler, name), self.on_call)})
+
+
+class TlsDoorWatch(DoorWatch):
+    """Hears of each handshake's beginning."""
+
+    reason = "handshake"
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock=clock)
         self._begun: deque[float] = deque(maxlen=MOST_PEERS)
         """Handshakes that no call has followed yet."""
         self._peers: OrderedDict[str, float] = OrderedDict()
         """Peers that called, and when last."""
-        self._refused = 0
 
     def on_connection(self) -> None:
         """A handshake begins. Called on any thread."""
@@ -42,7 +96,6 @@ class DoorWatch(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     @property
     def refused(self) -> int:
-        """Connections that made no call, since the start."""
         limit = self._clock() - HANDSHAKE_TIMEOUT_S
         with contextlib.suppress(IndexError):
             while self._begun[0] < limit:
@@ -61,18 +114,59 @@ class DoorWatch(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if len(self._peers) > MOST_PEERS:
             self._peers.popitem(last=False)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        asked = "stream" if handler.request_streaming else "unary"
-        answered = "stream" if handler.response_streaming else "unary"
-        name = f"{asked}_{answered}"
-        return handler._replace(**{name: _telling(getattr(handler, name), self.on_call)})
+
+class PlainDoorWatch(DoorWatch):
+    """Hears from the kernel of each connection's end."""
+
+    reason = "no_call"
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock=clock)
+        self._called: OrderedDict[str, None] = OrderedDict()
+        """Peers that made a call, until their connection ends."""
+        self._ended: deque[tuple[float, str]] = deque(maxlen=MOST_PEERS)
+        """Connections that ended without one. It may have overtaken their call on its way here."""
+        self._kernel: EndedConnections | None = None
+
+    def begin(self, port: int) -> bool:
+        try:
+            self._kernel = EndedConnections(port, self.on_end)
+        except OSError as error:
+            logger.info("connections that port %d refuses are not counted: %s", port, error)
+        return self._kernel is not None
+
+    def close(self) -> None:
+        if self._kernel is not None:
+            self._kernel.close()
+
+    def on_call(self, peer: str) -> None:
+        self._called[peer] = None
+        if len(self._called) > MOST_PEERS:
+            self._called.popitem(last=False)
+
+    def on_end(self, peer: str, received_bytes: int) -> None:
+        """A connection has ended, after so much from its peer."""
+        if self._forget(peer) or received_bytes <= SAID_NOTHING_BYTES:
+            return
+        self._ended.append((self._clock(), peer))
+
+    @property
+    def refused(self) -> int:
+        limit = self._clock() - HANDSHAKE_TIMEOUT_S
+        while self._ended and self._ended[0][0] < limit:
+            _, peer = self._ended.popleft()
+            self._refused += not self._forget(peer)
+        return self._refused
+
+    def _forget(self, peer: str) -> bool:
+        """Whether it had called."""
+        known = peer in self._called
+        self._called.pop(peer, None)
+        return known
+
+
+async def _unknown(requests: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
 def _telling(inner: Any, tell: Callable[[str], None]) -> Any:

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
-from protos.door_watch import DoorWatch
+from protos.door_watch import DoorWatch, PlainDoorWatch, TlsDoorWatch
 from protos.slow_senders import SlowSenders
 from protos.tls import ServerFiles
 from router import limits, registry_service, service, tls
@@ -94,13 +94,13 @@ class _Door:
         """`name`: as metrics show it; `files`: of TLS, None: plain text."""
         self._router = router
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
-        interceptors: list[Any] = [SlowSenders(router.config.body_timeout_s)]
+        self._name = name
         self._credentials = None
+        self.watch: DoorWatch = PlainDoorWatch()
         if files is not None:
-            watch = DoorWatch()
+            self.watch = watch = TlsDoorWatch()
             self._credentials = files.credentials(on_connection=watch.on_connection)
-            router.metrics.refusals.doors[name] = watch
-            interceptors.insert(0, watch)
+        interceptors: list[Any] = [self.watch, SlowSenders(router.config.body_timeout_s)]
         self.server = grpc.aio.server(
             options=limits.grpc_options(router.config, max_connections=max_connections),
             interceptors=interceptors,
@@ -129,7 +129,11 @@ class _Door:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._credentials is None:
-                return self.server.add_insecure_port(address)
-            return self.server.add_secure_port(address, self._credentials)
+                bound = self.server.add_insecure_port(address)
+            else:
+                bound = self.server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address} for gRPC: {error}") from error
+        if self.watch.begin(bound):
+            self._router.metrics.refusals.doors[self._name] = self.watch
+        return bound

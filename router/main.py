@@ -110,6 +110,8 @@ class RouterServer:
         if self._http is not None:
             self._http.should_exit = True
         await asyncio.gather(*(server.stop(grace=1.0) for server in self._grpc))
+        for watch in self.router.metrics.refusals.doors.values():
+            watch.close()
         if self._tasks:
             http, readiness = self._tasks
             readiness.cancel()

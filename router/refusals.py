@@ -16,7 +16,7 @@ class Refusals:
         self.http = {"handshake": 0, "garbage": 0}
         """Connections of the HTTP door that came to nothing."""
         self.doors: dict[str, DoorWatch] = {}
-        """The gRPC doors that speak TLS."""
+        """The gRPC doors whose refused connections can be counted."""
 
     def auth(self, door: str, reason: str) -> None:
         """`reason`: missing, malformed, unknown, revoked or forbidden."""
@@ -55,11 +55,11 @@ class Refusals:
             by=["reason"],
         )
         connections = {("http", reason): count for reason, count in self.http.items()}
-        connections |= {(door, "handshake"): watch.refused for door, watch in self.doors.items()}
+        connections |= {(door, watch.reason): watch.refused for door, watch in self.doors.items()}
         sheet.counter(
             "baton_connections_refused_total",
-            "Connections that failed the TLS handshake (of gRPC: that made no call in 10 s) or "
-            "spoke no HTTP",
+            "Connections that failed the TLS handshake (of gRPC: that made no call in 10 s); in "
+            "plain text, those that spoke no HTTP, or to gRPC said something and made no call",
             connections,
             by=["door", "reason"],
         )

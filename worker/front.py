@@ -111,7 +111,6 @@ class WorkerFront:
         """Starts engine and server, serves until drained or the engine dies; the exit status."""
         try:
             door = WorkerServer(self.config)
-            self.refusals.door = door.watch
         except OSError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
@@ -138,6 +137,7 @@ class WorkerFront:
         reflection.enable_server_reflection(names, server)
         try:
             self.address = door.bind()
+            self.refusals.door = door.watch
             await self.metrics.start()
         except OSError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -146,9 +146,9 @@ class WorkerFront:
         await server.start()
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         logger.info("%s serves on %s", self.instance_id, self.address)
-        return await self._serve(server, checks)
+        return await self._serve(door, checks)
 
-    async def _serve(self, server: grpc.aio.Server, checks: HealthServicer) -> int:
+    async def _serve(self, door: WorkerServer, checks: HealthServicer) -> int:
         registration = asyncio.create_task(
             register_with_all(
                 router_addresses(self.config.router),
@@ -177,7 +177,7 @@ class WorkerFront:
             session.close()
         await self.role.close()
         await self.metrics.stop()
-        await server.stop(grace=0.0 if died else 1.0)
+        await door.stop(grace_s=0.0 if died else 1.0)
         status = await self.engine.stop()
         pump.cancel()
         return status or int(died)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from observability import trace_context
 from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
-from protos.door_watch import DoorWatch
+from protos.door_watch import TlsDoorWatch
 from protos.tls import ServerFiles
 from worker import metrics
 from worker.config import WorkerConfig
@@ -57,12 +57,17 @@ class FrontMetrics:
         if config.mutual:
             # Whoever scrapes shows no certificate, as at the router's /metrics.
             files = ServerFiles(certificate=config.tls_cert, key=config.tls_key)
-            self._source.refusals.metrics_door = DoorWatch()
+            self._source.refusals.metrics_door = TlsDoorWatch()
             self._server = MetricsServer(
-                self.render, tls=files, watch=self._source.refusals.metrics_door
+                self.render,
+                tls=files,
+                watch=self._source.refusals.metrics_door,
+                on_garbage=self._source.refusals.on_metrics_garbage,
             )
         else:
-            self._server = MetricsServer(self.render)
+            self._server = MetricsServer(
+                self.render, on_garbage=self._source.refusals.on_metrics_garbage
+            )
         port = await self._server.start(config.host, config.metrics_port)
         self.address = f"{config.host}:{port}"
         scheme = "https" if config.mutual else "http"

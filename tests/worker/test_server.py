@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from protos import door_watch
 from tests.grpc_by_hand import grpc_call
 from worker import server
 from worker.config import WorkerConfig
@@ -15,16 +17,22 @@ LIMIT_S = 0.3
 
 
 @pytest.fixture
-async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    """Of a door with one service, short of time and connections."""
+async def door(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[server.WorkerServer]:
+    """With one service, short of time and connections."""
+    monkeypatch.setattr(door_watch, "HANDSHAKE_TIMEOUT_S", LIMIT_S)
     monkeypatch.setattr(server, "MESSAGE_TIMEOUT_S", LIMIT_S)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
     door = server.WorkerServer(WorkerConfig(model="none"))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), door.grpc)  # type: ignore[attr-defined]
-    address = door.bind()
+    door.bind()
     await door.grpc.start()
-    yield int(address.rpartition(":")[2])
-    await door.grpc.stop(grace=0.0)
+    yield door
+    await door.stop(grace_s=0.0)
+
+
+@pytest.fixture
+def port(door: server.WorkerServer) -> int:
+    return int(door.address.rpartition(":")[2])
 
 
 async def test_a_call_whose_message_never_ends_is_ended(port: int) -> None:
@@ -45,3 +53,22 @@ async def test_one_connection_more_is_closed_at_once(port: int) -> None:
         async with asyncio.timeout(5):
             assert await readers[2].read(1) == b""
         assert not readers[0].at_eof()
+
+
+async def test_garbage_in_plain_text_is_counted_and_calls_are_not(
+    door: server.WorkerServer,
+) -> None:
+    async with grpc.aio.insecure_channel(door.address) as channel:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    host, _, port = door.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+    await reader.read()
+    writer.close()
+    watch = door.watch
+    assert watch is not None
+    async with asyncio.timeout(10):
+        while not watch.refused:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(2 * LIMIT_S)
+    assert (watch.refused, watch.reason) == (1, "no_call")
