@@ -52,7 +52,7 @@ class DoorWatch(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-arg]
         return True
 
     def close(self) -> None:
-        """Called when the server has stopped."""
+        """Called when the server has stopped. Safe to call twice."""
 
     @property
     @abstractmethod
@@ -136,8 +136,9 @@ class PlainDoorWatch(DoorWatch):
         return self._kernel is not None
 
     def close(self) -> None:
-        if self._kernel is not None:
-            self._kernel.close()
+        kernel, self._kernel = self._kernel, None
+        if kernel is not None:
+            kernel.close()
 
     def on_call(self, peer: str) -> None:
         self._called[peer] = None
