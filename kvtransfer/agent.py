@@ -77,6 +77,8 @@ class _Held:
     """Whether any thread may start its writes."""
     behind: bool
     """Whether they may be queued behind a step."""
+    early: bool
+    """Whether layers may leave before their page is whole."""
     pages: list[int] = field(default_factory=list)
 
     def add(self, pages: Sequence[int]) -> None:
@@ -232,6 +234,7 @@ class TransferAgent:
         self._held[ticket.request_id] = _Held(
             at_once=transport is not None and transport.any_thread,
             behind=transport is not None and transport.writes_behind,
+            early=transport is not None and (transport.writes_behind or transport.writes_parts),
         )
         self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
@@ -257,13 +260,13 @@ class TransferAgent:
     def push_layers(self, request_id: str, pages: Sequence[tuple[int, int]], layers: range) -> None:
         """Hands over `layers` of (position, page) whose other layers are still to be computed; the
         part of the step that computed them must have ended. `push` follows with the whole pages.
-        They are held from now on, as in `push`. See `Sender.push_layers`."""
+        They are held from now on, as in `push`. See `EarlyLayers.push`."""
         held = self._held.get(request_id)
         if held is None:
             return
         held.add([page for _, page in pages])
         copy = list(pages)
-        self._start(held, lambda: self.thread.sender.push_layers(request_id, copy, layers))
+        self._start(held, lambda: self.thread.sender.early.push(request_id, copy, layers))
 
     def push_behind(
         self,
@@ -273,13 +276,14 @@ class TransferAgent:
         passed: torch.cuda.Event | None,
     ) -> None:
         """As `push_layers`, of layers that the device is still to compute: they are final when it
-        has passed the event, and leave then. See `Sender.push_behind`."""
+        has passed the event, and leave then. See `EarlyLayers.push_behind`."""
         held = self._held.get(request_id)
-        if held is None or not held.behind:
+        if held is None or not held.early:
             return
         held.add([page for _, page in pages])
         copy = list(pages)
-        self._start(held, lambda: self.thread.sender.push_behind(request_id, copy, layers, passed))
+        early = self.thread.sender.early
+        self._start(held, lambda: early.push_behind(request_id, copy, layers, passed))
 
     def _start(self, held: _Held, command: Callable[[], None]) -> None:
         """Runs what may start a write of a request: on this thread where its transport lets it."""
@@ -416,7 +420,7 @@ class TransferAgent:
             sending=self.thread.sender.active,
             receiving=self._receiver.active,
             bytes_sent=self.thread.sender.bytes_sent,
-            early_layers_sent=self.thread.sender.early_layers_sent,
+            early_layers_sent=self.thread.sender.early.sent,
             bytes_received=self._receiver.bytes_received,
             failures=dict(self._failures),
             dropped=dict(self.thread.links.dropped),

@@ -102,7 +102,6 @@ class FakeTransport(Transport):
     polled = True
     loss_ends_writes = False
     writes_parts = True
-    writes_behind = True
 
     def __init__(
         self,
@@ -111,8 +110,10 @@ class FakeTransport(Transport):
         network: FakeNetwork,
         pool: torch.Tensor | None,
         landing: torch.Tensor | None,
+        writes_behind: bool = True,
     ) -> None:
         """`pool`: source pages; `landing`: what peers may write; [count, page_bytes] uint8."""
+        self.writes_behind = writes_behind
         self.instance_id = instance_id
         self.landing = landing
         self._network = network

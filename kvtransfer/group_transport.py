@@ -122,7 +122,7 @@ class GroupTransport(Transport):
         self.writes_parts = local.writes_parts
         # Before a write the other ranks are asked for its seals: not by the scheduler's thread.
         self.any_thread = local.any_thread and not followers
-        # What a step here has passed tells nothing of the other ranks' devices.
+        # An event of this rank's device cannot start a copy of another's.
         self.writes_behind = local.writes_behind and not followers
         self._local = local
         self._followers = followers

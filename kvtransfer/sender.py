@@ -10,12 +10,12 @@ compares its own, hears of the pages no later for it. Pages that left while they
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kvtransfer import messages
-from kvtransfer.early_writes import early_writes
+from kvtransfer.early_writes import EarlyLayers
 from kvtransfer.errors import TransportError
 from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent, is_probe
 from kvtransfer.layout import PageLayout
@@ -83,8 +83,15 @@ class Sender:
         self._peer_written: dict[str, float] = {}
         """Peer -> when a write to it last ended."""
         self.bytes_sent = 0
-        self.early_layers_sent = 0
-        """Layers of pages that left before their page was whole."""
+        self.early = EarlyLayers(
+            links=links,
+            layout=layout,
+            at_most=self._write_pages,
+            live=self._live,
+            add_write=self._add_write,
+            fail=self._fail,
+        )
+        """What leaves before `push`."""
 
     @property
     def active(self) -> int:
@@ -127,58 +134,9 @@ class Sender:
         out = self._live(request_id)
         if out is None:
             return
+        self.early.whole(request_id, pages)
         out.pending.extend(pages)
         self._pump(out)
-
-    def push_layers(self, request_id: str, pages: Iterable[tuple[int, int]], layers: range) -> None:
-        """`layers` of these (position, page) are final, others are not: they may leave as far as
-        credit and transport allow. The pages follow by `push`, which sends the rest; what does not
-        leave now leaves then. Layers come in order from 0 on, and never up to the last."""
-        self._push_early(request_id, pages, layers)
-
-    def push_behind(
-        self,
-        request_id: str,
-        pages: Iterable[tuple[int, int]],
-        layers: range,
-        passed: torch.cuda.Event | None,
-    ) -> None:
-        """As `push_layers`, of layers that are final when the device has passed the event (None:
-        now), which may be all of them: they leave then without anybody's doing, and `push` has
-        nothing to do but to announce their pages."""
-        self._push_early(request_id, pages, layers, behind=True, passed=passed)
-
-    def _push_early(
-        self,
-        request_id: str,
-        pages: Iterable[tuple[int, int]],
-        layers: range,
-        *,
-        behind: bool = False,
-        passed: torch.cuda.Event | None = None,
-    ) -> None:
-        out = self._live(request_id)
-        transport = None if out is None else self._links.get(out.ticket.instance_id)
-        if out is None or transport is None:
-            return
-        if not (transport.writes_behind if behind else transport.writes_parts):
-            return
-        writes = early_writes(
-            out,
-            transport,
-            pages,
-            layers,
-            layout=self._layout,
-            at_most=self._write_pages,
-            behind=behind,
-            passed=passed,
-        )
-        try:
-            for key, write in writes:
-                self._add_write(key, write)
-                self.early_layers_sent += len(write.early) * len(layers)
-        except TransportError as error:
-            self._fail(out, TransferFailure.TRANSPORT, error.message)
 
     def _add_write(self, key: WriteKey, write: Write) -> None:
         out = write.out
@@ -311,11 +269,12 @@ class Sender:
         return bool(self._unchecked)
 
     def poll(self) -> bool:
-        """Takes up digests that are known by now; whether there were any."""
+        """Takes up layers and digests that the device has by now; whether there were any."""
+        worked = self.early.poll()
         known = [key for key, write in self._unchecked.items() if write.checked]
         for key in known:
             self._settle_write(key, self._unchecked.pop(key))
-        return bool(known)
+        return worked or bool(known)
 
     def _settle_write(self, key: WriteKey, write: Write) -> None:
         out, spoilt = write.out, write.spoilt()

@@ -182,6 +182,8 @@ class TransferThread:
         polled = (t for t in self._transports.values() if t.polled or t.writes_polled)
         if self.sender.checking or any(transport.busy() for transport in polled):
             return MIN_POLL_S
+        if self.sender.early.awaiting:
+            return active_pause
         if self.links.any_polled:
             if self.receiver.receiving:
                 return min(active_pause, RECEIVING_POLL_S)

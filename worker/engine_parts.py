@@ -208,7 +208,8 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             channel=process.channel,
             links=ranks.transfer_links,
         )
-    if sends and any(transport.writes_behind for transport in transports.by_name.values()):
+    # A CPU has ended a step when its launch returns.
+    if sends and device.type == "cuda" and transports.by_name:
         runner.mark_layers()
     place = rank_place(config, layout, transfer_memory.kv_heads, rank=0)
     kv = RankKv(pool.as_bytes(), place)

@@ -127,12 +127,9 @@ class ModelRunner:
         """
         self._layers_done.clear()
         if self.decoder.num_ranks > 1:
-            return self._forward_whole(batch)
+            return self._with_marks(self._forward_whole(batch))
         try:
-            result = self._forward_whole(batch)
-            if not self._layers_done:
-                return result
-            return replace(result, layers_done=tuple(self._layers_done))
+            return self._with_marks(self._forward_whole(batch))
         except torch.OutOfMemoryError:
             pass  # what the error refers to must be gone before the next attempt
         hidden = in_parts(batch, lambda part: self._hidden(part, None))
@@ -143,6 +140,11 @@ class ModelRunner:
                 f"the logits of {len(batch.seq_lens_cpu)} requests do not fit into the memory of "
                 f"{hidden.device}: lower --max-running-requests or --mem-fraction"
             ) from error
+
+    def _with_marks(self, result: ForwardResult) -> ForwardResult:
+        if not self._layers_done:
+            return result
+        return replace(result, layers_done=tuple(self._layers_done))
 
     def _forward_whole(self, batch: ForwardBatch) -> ForwardResult:
         if batch.prompt_targets is None:

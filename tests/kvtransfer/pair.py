@@ -51,6 +51,7 @@ class Pair:
         more_windows: bool = True,
         quarantine: type[Quarantine] = Quarantine,
         make_sealer: Callable[[torch.Tensor], Sealer] | None = None,
+        writes_behind: bool = True,
     ) -> None:
         self.clock = Clock()
         generator = torch.Generator().manual_seed(seed)
@@ -61,7 +62,11 @@ class Pair:
         self.network = FakeNetwork(seed=seed, faults=faults)
         self.random = random.Random(seed)
         prefill = FakeTransport(
-            instance_id=PREFILL, network=self.network, pool=self.source, landing=None
+            instance_id=PREFILL,
+            network=self.network,
+            pool=self.source,
+            landing=None,
+            writes_behind=writes_behind,
         )
         decode = FakeTransport(
             instance_id=DECODE, network=self.network, pool=None, landing=self.window.memory

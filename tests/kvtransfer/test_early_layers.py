@@ -66,7 +66,7 @@ def test_the_first_layer_is_there_before_the_page_is_announced() -> None:
     pages = [3, 9, 4]
     begin(pair, 11, pages)
     pair.run(5)
-    assert pair.prefill.thread.sender.early_layers_sent == 3
+    assert pair.prefill.thread.sender.early.sent == 3
     landed = {bytes(slot[:LAYER_BYTES].tolist()) for slot in pair.window.memory}
     assert {bytes(pair.source[page, :LAYER_BYTES].tolist()) for page in pages} <= landed
     assert "r" not in pair.positions, "nothing is announced yet"
@@ -264,3 +264,94 @@ def test_a_fault_behind_a_step_costs_the_transfer_or_nothing(kind: FaultKind, nt
     pair.run(40)
     pair.expire()
     assert_whole_or_failed(pair, 18, pages)
+
+
+# ---- behind the step that computes them, where only the host can start a write -------------------
+
+
+def test_the_host_sends_layers_on_when_it_sees_that_the_device_has_them() -> None:
+    pair = make(slots=16, writes_behind=False)
+    pages = [3, 9, 4]
+    marks = launch(pair, 11, pages)
+    pair.run(5)
+    assert not pair.window.memory.any(), "the device has not come to them yet"
+    assert pair.prefill.thread.sender.early.awaiting
+    marks[0].passed = True
+    pair.run(3)
+    landed = {bytes(slot[:LAYER_BYTES].tolist()) for slot in pair.window.memory}
+    assert {bytes(pair.source[page, :LAYER_BYTES].tolist()) for page in pages} <= landed
+    assert not pair.window.memory[:, LAYER_BYTES:].any(), "the last layers leave with the page"
+    end_step(pair, 11, pages, marks)
+    announce(pair, 11, pages)
+    pair.run(20)
+    assert pair.prefill.stats().early_layers_sent == 3
+    assert pair.completed("r")
+    assert pair.identical("r", 11, pages)
+    assert nothing_is_left(pair)
+
+
+def test_pages_that_are_whole_before_the_host_has_looked_leave_once() -> None:
+    pair = make(slots=16, writes_behind=False)
+    pages = [3, 9, 4]
+    marks = launch(pair, 11, pages)
+    pair.step()
+    for mark in marks:
+        mark.passed = True
+    compute_last_layer(pair, pages)
+    started = pair.network.started[PREFILL]
+    announce(pair, 11, pages)
+    pair.run(20)
+    assert pair.network.started[PREFILL] == started + 2, "one write, and the end"
+    assert pair.prefill.stats().early_layers_sent == 0
+    assert pair.completed("r")
+    assert pair.identical("r", 11, pages)
+    assert nothing_is_left(pair)
+
+
+def test_the_next_chunks_layers_are_awaited_while_the_chunk_before_leaves() -> None:
+    pair = make(slots=16, writes_behind=False)
+    pages, event = [3, 9, 4], Mark()
+    pair.prefill.open(pair.grant("r", 12))
+    sealed = pair.sealed(pages, 12)
+    later: Any = event
+    pair.prefill.push_behind("r", [(2, pages[2])], FIRST_LAYER, later)
+    pair.prefill.push("r", sealed[:2])
+    pair.run(5)
+    assert pair.prefill.thread.sender.early.awaiting
+    event.passed = True
+    pair.run(3)
+    assert pair.prefill.stats().early_layers_sent == 1
+    pair.prefill.push("r", sealed[2:])
+    pair.prefill.complete("r", 7)
+    pair.run(20)
+    assert pair.completed("r")
+    assert pair.identical("r", 12, pages)
+    assert nothing_is_left(pair)
+
+
+def test_a_page_that_changes_after_the_host_has_sent_its_first_layers_is_refused() -> None:
+    pair = make(slots=4, writes_behind=False)
+    marks = launch(pair, 8, [3, 4])
+    end_step(pair, 8, [3, 4], marks)
+    sealed = pair.sealed([3, 4], 8)
+    pair.source[4, 0] ^= 1
+    pair.prefill.push("r", sealed)
+    pair.prefill.complete("r", 7)
+    pair.run(20)
+    assert not pair.completed("r")
+    assert [event.failure for event in pair.failures("prefill")][-1] is TransferFailure.MISMATCH
+    assert nothing_is_left(pair)
+
+
+def test_layers_of_a_transfer_that_has_ended_are_not_sent_on() -> None:
+    pair = make(slots=4, writes_behind=False)
+    marks = launch(pair, 8, [3, 4])
+    pair.step()
+    pair.prefill.abort("r", TransferFailure.ABORTED, "the client left")
+    pair.run(5)
+    for mark in marks:
+        mark.passed = True
+    pair.run(5)
+    assert not pair.window.memory.any()
+    assert not pair.prefill.thread.sender.early.awaiting
+    assert nothing_is_left(pair)

@@ -93,6 +93,7 @@ class Worker:
             network=handover.network,
             pool=self.pool if sends else None,
             landing=None if sends else slots,
+            writes_behind=not handover.by_host,
         )
         self.agent = TransferAgent(
             instance_id=instance,
@@ -183,9 +184,12 @@ class Handover:
         slots: int = 8,
         split: int = 0,
         behind: bool = False,
+        by_host: bool = False,
         overlap: bool = False,
     ) -> None:
+        """`by_host`: what leaves behind layers does so when the host sees that they are there."""
         self.clock = Clock()
+        self.by_host = by_host
         self.lease_s, self.slots = lease_s, slots
         self.split, self.behind, self.overlap = split, behind, overlap
         self.network = FakeNetwork(seed=seed, faults=faults)

@@ -45,6 +45,8 @@ class Course:
     """Layers that prefill computes at a time: the first leave before the others."""
     behind: bool = False
     """Pages leave behind the layers that compute them, before they are announced."""
+    by_host: bool = False
+    """... started by the host."""
     overlap: bool = False
     """The next step is launched before a step's results are handled."""
     busy: str = ""
@@ -62,6 +64,7 @@ COURSES = [
     Course("plain"),
     Course("early layers", split=2),
     Course("behind the step", behind=True, overlap=True),
+    Course("behind the step by the host", behind=True, by_host=True, overlap=True),
     Course("busy prefill", busy=PREFILL, busy_from=1),
     Course("busy decode", busy=DECODE, busy_from=3),
     Course("client leaves", leaves=True),
@@ -94,6 +97,7 @@ class Case(Handover):
             lease_s=LEASE_S,
             split=course.split,
             behind=course.behind,
+            by_host=course.by_host,
             overlap=course.overlap,
         )
         self.struck_in: TransferState | None = None
