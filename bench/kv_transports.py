@@ -1,4 +1,5 @@
-"""GB/s of whole pages through NIXL between two processes, beside a plain copy and the digest.
+"""GB/s of whole pages through NIXL between two processes, beside a plain copy and the digest; and
+the milliseconds of their last two layers alone, which are left when the others have left before.
 
 python bench/kv_transports.py                          # CPU: two processes, host memory
 python bench/kv_transports.py --source cuda:0 --target cuda:1
@@ -15,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.execution.model_runner import LAST_LAYERS
 from kvtransfer.digest import copy_and_digest, digest_pages
 from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport
@@ -45,9 +47,9 @@ def receive(pipe: Connection, slots: int, page_bytes: int, device: str) -> None:
     transport.close()
 
 
-def write_once(transport: NixlTransport, pages: int) -> float:
+def write_once(transport: NixlTransport, pages: int, part: tuple[int, int] | None = None) -> float:
     begin = time.monotonic()
-    transport.write("target", [(i, i) for i in range(pages)], b"done")
+    transport.write("target", [(i, i) for i in range(pages)], b"done", part=part)
     while True:
         for event in transport.poll():
             if isinstance(event, WriteFailed):
@@ -99,8 +101,12 @@ def main() -> int:
     pipe.send(transport.local_offer())
     transport.connect("target", offer)
     print(f"pages of {layout.page_bytes / 2**20:.2f} MiB, {arguments.source} to {arguments.target}")
-    print("| pages | MiB | NIXL GB/s | plain copy GB/s | digest GB/s | copy + digest GB/s |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| pages | MiB | NIXL GB/s | plain copy GB/s | digest GB/s | copy + digest GB/s "
+        "| NIXL ms | first layers ms | last layers ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    early = (layout.layers - LAST_LAYERS) * 2 * layout.row_bytes
     for count in counts:
         write_once(transport, count)
         nixl = min(write_once(transport, count) for _ in range(ROUNDS))
@@ -117,8 +123,13 @@ def main() -> int:
                 a, p, b, p, v, layout
             ).cpu(),
         )
+        parts = [
+            min(write_once(transport, count, part) for _ in range(ROUNDS))
+            for part in ((0, early), (early, layout.page_bytes))
+        ]
         total = count * layout.page_bytes / 1e9
         figures = " | ".join(f"{total / t:.1f}" for t in (nixl, copy, digest, both))
+        figures += "".join(f" | {1e3 * t:.2f}" for t in (nixl, *parts))
         print(f"| {count} | {total * 1e9 / 2**20:.0f} | {figures} |", flush=True)
     pipe.send("stop")
     process.join(10)

@@ -1,4 +1,5 @@
-"""Split prefill in real workers: finished layers leave while the others are computed."""
+"""Finished layers leave while others are computed, between real workers: of a step in parts, and
+on a GPU of any step."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from baton import Client
 from kvtransfer.nixl_transport import unavailable_reason
 from tests.checkpoints import random_prompt, reference_model
 from tests.e2e.cluster import Cluster, running_cluster
-from tests.e2e.worker_status import Probe
+from tests.e2e.parts import running_parts
+from tests.e2e.test_oracle import Reference
+from tests.e2e.worker_status import Probe, get_status
 
 NIXL = pytest.param(
     "nixl", marks=pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
@@ -50,3 +53,29 @@ def test_tokens_are_exact_and_layers_left_early(cluster: Cluster, llama: Path) -
     finally:
         probe.close()
     cluster.wait_until_balanced()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("transport", "ranks"), [("nixl", 1), ("grpc", 1), ("cuda_ipc", 2)])
+def test_on_a_gpu_the_host_sends_layers_on_while_the_last_ones_are_computed(
+    slow_llama: Path, tmp_path: Path, transport: str, ranks: int
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    reference = Reference(slow_llama)
+    flags = ("--device", "cuda", "--dtype", "float32", "--max-total-tokens", "16384",
+             "--transport", transport, "--tp", str(ranks))  # fmt: skip
+    with running_parts(slow_llama, tmp_path) as parts:
+        router = parts.router()
+        for role in ("prefill", "decode"):
+            parts.worker(role, router, flags=flags)
+        router.wait_until_ready()
+        with Client(router.grpc) as client:
+            for length in (100, 900, 1800):
+                prompt = random_prompt(length, seed=length)
+                answer = client.complete(prompt, max_tokens=8, temperature=0, ignore_eos=True)
+                assert answer.token_ids == reference.continue_greedily(prompt, 8)[0]
+                assert answer.report.transport == transport
+                assert answer.report.replays == 0
+        assert get_status(router.worker("prefill")["address"]).early_layers_sent > 0
+        router.wait_until_balanced()
