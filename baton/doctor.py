@@ -6,6 +6,7 @@ two hosts, beside the network device's rate), and far below that is a warning.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -74,8 +75,10 @@ def run_doctor(given: dict[str, Scalar]) -> int:
         return SICK
     reports = [_probe(config, connection, prefill, decode) for prefill, decode in pairs]
     show(doctor_table(reports))
-    for fact in dict.fromkeys(fact for report in reports for fact in report.facts):
-        print(f"  {fact}")
+    for worker, facts in _facts(reports).items():
+        print(f"  {worker}:")
+        for fact in facts:
+            print(f"    {fact}")
     found = [line for report in reports for line in findings(report)]
     for line in found:
         print(f"warning: {line}", flush=True)
@@ -100,12 +103,27 @@ def _probe(
     return report
 
 
+def _facts(reports: Sequence[worker_pb2.ProbeReport]) -> dict[str, list[str]]:
+    """Where each worker's devices sit, by worker."""
+    facts: dict[str, list[str]] = {}
+    for report in reports:
+        facts.setdefault(report.prefill_instance, list(report.facts))
+        facts.setdefault(report.decode_instance, list(report.decode_facts))
+    return {worker: lines for worker, lines in facts.items() if lines}
+
+
 def findings(report: worker_pb2.ProbeReport) -> list[str]:
     """What deserves a look, one line each."""
     pair = f"{report.prefill_instance} → {report.decode_instance}"
     if report.error:
         return [f"{pair}: not measured: {report.error}"]
-    lines = [f"{pair}: {fact}" for fact in report.facts if fact.startswith("none of ")]
+    # A network device carries nothing between two workers of one host.
+    lines = [
+        f"{worker}: {fact}"
+        for worker, facts in _facts([report]).items()
+        for fact in facts
+        if fact.startswith("none of ") and not (report.same_host and "network" in fact)
+    ]
     link = report.copy_gigabytes_per_s or report.network_gigabytes_per_s
     telling = report.bytes >= TELLING_BYTES
     if telling and link and report.gigabytes_per_s < FAR_BELOW * link:

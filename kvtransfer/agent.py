@@ -6,6 +6,7 @@ through a queue that the scheduler empties once a step: the scheduler never wait
 over a transport that any thread may use begins at once, while the transfer thread sleeps.
 """
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ from kvtransfer.transfer_thread import TransferThread
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow, SlotCounts
 from kvtransfer.windows import LandingWindows, MakeMemory, QuarantinePolicy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +111,14 @@ class TransferAgent:
         place: RankPlace | None = None,
         sealer: Sealer | None = None,
         trace: Trace = no_trace,
+        facts: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """`pool`: [pages, page_bytes] uint8, the source of outgoing pages (None: only receives);
         `window`: where incoming ones land (None: only sends), `more_windows` what may replace it.
         `wake` is called from the transfer thread when events wait, so that an idle scheduler looks
         at them. `quarantine` is a seam: tests show what happens without one. `place` and `sealer`:
-        None where this process is the only rank."""
+        None where this process is the only rank. `facts`: lines about where this side's devices
+        sit, for whoever measures the way here."""
         self._place = place or RankPlace(layout=layout, kv_heads=layout.kv_heads)
         self._window = window
         self._links = links = PeerLinks()
@@ -159,6 +164,7 @@ class TransferAgent:
             num_pages=0 if pool is None else int(pool.shape[0]),
             device=device_name(memory.device if memory is not None else torch.device("cpu")),
             host=pid_namespace(),
+            facts=facts,
             links=links,
             sender=sender,
             receiver=self._receiver,
@@ -353,7 +359,7 @@ class TransferAgent:
         """A landed page does not match its seal: fails on both sides; no event follows here."""
         ticket_id = self._receiving.pop(request_id, None)
         if ticket_id is not None:
-            self._failures[TransferFailure.MISMATCH.name.lower()] += 1
+            self._count(request_id, TransferFailure.MISMATCH, detail)
             self._tally.fail(request_id, TransferFailure.MISMATCH)
             self.thread.do(lambda: self._receiver.reject(ticket_id, detail))
 
@@ -403,7 +409,7 @@ class TransferAgent:
                     del self._held[event.request_id]
                 self._tally.fail(event.request_id, event.failure)
                 if event.quiesced:
-                    self._failures[event.failure.name.lower()] += 1
+                    self._count(event.request_id, event.failure, event.detail)
             case PagesLanded() | WriterFinished():
                 return self._receiving.get(event.request_id) == event.ticket_id
             case TransferCompleted():
@@ -412,6 +418,12 @@ class TransferAgent:
                 del self._receiving[event.request_id]
                 self._tally.complete(event.request_id)
         return True
+
+    def _count(self, request_id: str, failure: TransferFailure, detail: str) -> None:
+        self._failures[failure.name.lower()] += 1
+        if failure is TransferFailure.MISMATCH:
+            # Somebody's memory, or a way between, does not keep what it was given.
+            logger.error("KV of request %s is not what was sealed: %s", request_id, detail)
 
     def stats(self) -> TransferStats:
         """Any thread, for reading only."""

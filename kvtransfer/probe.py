@@ -7,7 +7,7 @@ refuses a probe rather than a request. Only the end differs: what has landed is 
 as pages of the pool may change while they are read, no seals are compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvtransfer.errors import TransferError
@@ -49,6 +49,8 @@ class ProbeResult:
     """How long the transport took to connect, at registration. Seconds."""
     peer_device: str = ""
     peer_host: str = ""
+    peer_facts: tuple[str, ...] = ()
+    """Where its accelerator and network devices sit."""
     error: str = ""
 
 
@@ -77,16 +79,19 @@ class Prober:
         num_pages: int,
         device: str,
         host: str,
+        facts: Callable[[], Sequence[str]],
         links: PeerLinks,
         sender: Sender,
         receiver: Receiver,
         clock: Clock,
     ) -> None:
-        """`num_pages` of the pool that writes read from; `device` and `host` are told to peers."""
+        """`num_pages` of the pool that writes read from; `device`, `host` and `facts` are told to
+        peers."""
         self._layout = layout
         self._num_pages = num_pages
         self._device = device
         self._host = host
+        self._facts = facts
         self._links = links
         self._sender = sender
         self._receiver = receiver
@@ -138,6 +143,7 @@ class Prober:
             num_bytes=pages * self._layout.page_bytes,
             peer_device=granted.device,
             peer_host=granted.host,
+            peer_facts=tuple(granted.facts),
         )
         if ticket.request_id != request_id or not 1 <= pages <= self._num_pages:
             self._drop(request_id, "the ticket does not fit the question")
@@ -188,6 +194,7 @@ class Prober:
         granted.device, granted.host = self._device, self._host
         if not is_probe(request_id):
             return
+        granted.facts.extend(self._facts())
         try:
             writer = self._links.pages_of(peer)
             free = self._receiver.free_slots // FREE_SHARE // writer.slots

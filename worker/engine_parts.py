@@ -21,6 +21,7 @@ from kvtransfer.agent import TransferAgent
 from kvtransfer.layout import PageLayout, compatibility_fingerprint
 from kvtransfer.pool_sealer import Sealer
 from protos.baton.v1 import channel_pb2, kv_pb2, worker_pb2
+from worker.affinity import affinity
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
 from worker.fingerprint import model_digest
@@ -242,6 +243,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
             place=place,
             sealer=RankSealer(kv, ranks.transfer_links) if sends else None,
             trace=HandoverTrace(config.handover_trace).mark,
+            facts=lambda: affinity(device),
         ),
         sealer=RankSealer(kv, ranks.links),
         lander=RankLander(kv, ranks.links),

@@ -44,3 +44,15 @@ def test_a_small_probe_and_an_unknown_link_are_not_judged() -> None:
 def test_what_was_not_measured_is_said() -> None:
     (line,) = findings(report(error="its landing window is busy; try again"))
     assert line == "p → d: not measured: its landing window is busy; try again"
+
+
+def test_devices_that_sit_apart_are_told_of_either_side() -> None:
+    cores, network = "none of the engine's cores is near its GPU", "none of the network devices is"
+    lines = findings(report(facts=["4 cores", cores], decode_facts=[cores, network]))
+    assert lines == [f"p: {cores}", f"d: {cores}"]
+
+
+def test_a_network_device_matters_between_hosts_alone() -> None:
+    network = "none of the network devices is near its GPU, NUMA node 1"
+    apart = report(decode_facts=[network], same_host=False, copy_gigabytes_per_s=0.0)
+    assert findings(apart) == [f"d: {network}"]

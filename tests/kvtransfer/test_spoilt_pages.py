@@ -1,5 +1,6 @@
 """Property tests over the whole handover: whatever bit is wrong, wherever, nobody publishes it."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,3 +104,18 @@ def test_any_bit_of_any_page_size_changes_the_seal(
     byte = data.draw(st.integers(0, valid * layout.token_bytes - 1))
     pool[0, row * layout.row_bytes + byte] ^= 1 << data.draw(st.integers(0, 7))
     assert seals_of(digest_pages(pool, [0], [valid], layout)) != before
+
+
+def test_a_mismatch_is_counted_and_logged_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    pair = Pair(slots=8)
+    pair.step()
+    sealed = pair.sealed([3], 4)
+    pair.source[3, 0] ^= 1
+    pair.prefill.open(pair.grant("r", 4))
+    pair.prefill.push("r", sealed)
+    pair.run(20)
+    for agent in (pair.prefill, pair.decode):
+        assert agent.stats().failures == {"mismatch": 1}
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 2
+    assert all("request r" in line and "position 0 changed" in line for line in told)

@@ -1,9 +1,8 @@
-"""What an engine offers and refuses by name, and what `baton doctor` reads of a machine."""
+"""What an engine offers and refuses by name."""
 
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from kvtransfer.layout import PageLayout
 from kvtransfer.shared_memory import anonymous_file
 from worker.channel import EngineChannel
 from worker.config import WorkerConfig
-from worker.link_probe import affinity, network_devices
 from worker.rank_memory import make_rank_transports
 from worker.transports import TransferMemory, make_transports
 
@@ -68,24 +66,3 @@ def test_on_a_cpu_auto_offers_what_works_there(
     assert list(offered.by_name)[-1] == "grpc"
     assert offered.window is not None
     assert offered.window.slots == 4
-
-
-def test_network_devices_that_are_up_are_listed_with_their_rates(tmp_path: Path) -> None:
-    def put(path: str, text: str) -> None:
-        file = tmp_path / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-
-    put("class/infiniband/mlx5_0/ports/1/rate", "400 Gb/sec (4X NDR)")
-    put("class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE")
-    put("class/infiniband/mlx5_0/device/numa_node", "1")
-    put("class/infiniband/mlx5_1/ports/1/rate", "400 Gb/sec (4X NDR)")
-    put("class/infiniband/mlx5_1/ports/1/state", "1: DOWN")
-    put("class/net/eth0/speed", "25000")
-    put("class/net/eth0/operstate", "up")
-    put("class/net/lo/speed", "-1")
-    put("class/net/lo/operstate", "unknown")
-    assert network_devices(sysfs=tmp_path) == {"mlx5_0": 50.0, "eth0": 3.125}
-    lines = affinity(torch.device("cpu"), sysfs=tmp_path)
-    assert "mlx5_0: 50 GB/s, NUMA node 1" in lines
-    assert "eth0: 3.125 GB/s" in lines

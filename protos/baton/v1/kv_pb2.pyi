@@ -175,16 +175,18 @@ class ProbeAsked(_message.Message):
     def __init__(self, pages: _Optional[int] = ...) -> None: ...
 
 class ProbeGranted(_message.Message):
-    __slots__ = ("ticket", "refused", "device", "host")
+    __slots__ = ("ticket", "refused", "device", "host", "facts")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     refused: str
     device: str
     host: str
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
+    facts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., facts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PagesWritten(_message.Message):
     __slots__ = ("slots", "positions", "valid_tokens", "seals", "chain_hashes", "pages_written")

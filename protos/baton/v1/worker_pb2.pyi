@@ -151,7 +151,7 @@ class ProbeRequest(_message.Message):
     def __init__(self, decode_instance: _Optional[str] = ..., bytes: _Optional[int] = ..., rounds: _Optional[int] = ...) -> None: ...
 
 class ProbeReport(_message.Message):
-    __slots__ = ("prefill_instance", "decode_instance", "transport", "bytes", "gigabytes_per_s", "copy_gigabytes_per_s", "network_gigabytes_per_s", "connect_ms", "round_trip_ms", "same_host", "prefill_device", "decode_device", "facts", "error")
+    __slots__ = ("prefill_instance", "decode_instance", "transport", "bytes", "gigabytes_per_s", "copy_gigabytes_per_s", "network_gigabytes_per_s", "connect_ms", "round_trip_ms", "same_host", "prefill_device", "decode_device", "facts", "error", "decode_facts")
     PREFILL_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DECODE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class ProbeReport(_message.Message):
     DECODE_DEVICE_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FACTS_FIELD_NUMBER: _ClassVar[int]
     prefill_instance: str
     decode_instance: str
     transport: str
@@ -180,7 +181,8 @@ class ProbeReport(_message.Message):
     decode_device: str
     facts: _containers.RepeatedScalarFieldContainer[str]
     error: str
-    def __init__(self, prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., gigabytes_per_s: _Optional[float] = ..., copy_gigabytes_per_s: _Optional[float] = ..., network_gigabytes_per_s: _Optional[float] = ..., connect_ms: _Optional[float] = ..., round_trip_ms: _Optional[float] = ..., same_host: _Optional[bool] = ..., prefill_device: _Optional[str] = ..., decode_device: _Optional[str] = ..., facts: _Optional[_Iterable[str]] = ..., error: _Optional[str] = ...) -> None: ...
+    decode_facts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., gigabytes_per_s: _Optional[float] = ..., copy_gigabytes_per_s: _Optional[float] = ..., network_gigabytes_per_s: _Optional[float] = ..., connect_ms: _Optional[float] = ..., round_trip_ms: _Optional[float] = ..., same_host: _Optional[bool] = ..., prefill_device: _Optional[str] = ..., decode_device: _Optional[str] = ..., facts: _Optional[_Iterable[str]] = ..., error: _Optional[str] = ..., decode_facts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
