@@ -1,6 +1,9 @@
 """deploy/compose.yaml and its images, with real containers and clients from outside."""
 
+import contextlib
 import json
+import re
+import socket
 import time
 from collections.abc import Iterator
 
@@ -118,6 +121,22 @@ def test_metrics_show_all_workers(stack: Stack) -> None:
     text = httpx.get(f"{stack.http}/metrics", timeout=10.0).text
     for role in ("prefill", "decode"):
         assert f'baton_workers{{role="{role}",state="ready"}} 2.0' in text
+
+
+def test_garbage_is_counted_by_a_process_without_privileges(stack: Stack) -> None:
+    host, _, port = stack.grpc.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10.0) as connection:
+        connection.sendall(b"no HTTP/2 at all\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+    sample = re.compile(
+        r'^baton_connections_refused_total\{door="grpc",reason="no_call"\} [1-9]', re.MULTILINE
+    )
+    deadline = time.monotonic() + 40
+    while not sample.search(httpx.get(f"{stack.http}/metrics", timeout=10.0).text):
+        assert time.monotonic() < deadline, "it was not counted"
+        time.sleep(0.5)
 
 
 # ---- faults --------------------------------------------------------------------------------------
