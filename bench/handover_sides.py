@@ -96,6 +96,25 @@ class Run:
     """From the first push until the last page had landed."""
     total_s: float
     """From the first push until the last page was copied out and checked."""
+    marks: tuple[tuple[str, float], ...] = ()
+    """What happened to its runs of pages, in seconds since the first push."""
+
+
+class Marks:
+    """Moments of one side, on the host's clock: `Trace` of an agent, and of whoever drives it."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, float]] = []
+
+    def __call__(self, request_id: str, event: str) -> None:
+        self.add(event)
+
+    def add(self, event: str) -> None:
+        self._marks.append((event, time.monotonic()))
+
+    def take(self) -> list[tuple[str, float]]:
+        taken, self._marks = self._marks, []
+        return taken
 
 
 @dataclass
@@ -105,6 +124,7 @@ class Side:
     agent: TransferAgent
     transport: Transport
     ready: threading.Event
+    marks: Marks
     close: list[Callable[[], object]] = field(default_factory=list)
 
     def events(self) -> list[KvEvent]:
@@ -167,7 +187,7 @@ def make_side(
     pool: torch.Tensor | None,
     window: torch.Tensor | None,
 ) -> Side:
-    ready = threading.Event()
+    ready, marks = threading.Event(), Marks()
     agent = TransferAgent(
         instance_id="writer" if window is None else "reader",
         layout=layout_of(page),
@@ -177,9 +197,10 @@ def make_side(
         verify=not name.endswith("plain"),
         lease_s=LEASE_S,
         wake=ready.set,
+        trace=marks,
     )
     agent.start()
-    return Side(agent, transport, ready)
+    return Side(agent, transport, ready, marks)
 
 
 class Reader:
@@ -279,8 +300,8 @@ class Reader:
 
     def _receive(
         self, side: Side, name: str, page: int, request: str, tokens: int
-    ) -> tuple[float, float]:
-        """When the last page had landed, and when it was checked; host's monotonic clock."""
+    ) -> tuple[float, float, list[tuple[str, float]]]:
+        """When the last page had landed, when it was checked, and all marks; the host's clock."""
         layout = layout_of(page)
         count = layout.pages_of(tokens)
         pool = self._pool.view(-1, layout.page_bytes)
@@ -299,9 +320,11 @@ class Reader:
             for event in side.events():
                 if isinstance(event, PagesLanded):
                     landed_at = time.monotonic()
+                    side.marks.add("arrived")
                     positions = [p.position for p in event.pages]
                     if not name.endswith("plain"):
                         self._check(event, pool, positions, layout)
+                    side.marks.add("checked")
                     side.agent.accept(request, positions)
                     checked += len(positions)
                     checked_at = time.monotonic()
@@ -311,7 +334,7 @@ class Reader:
                     completed = True
                 elif isinstance(event, TransferFailedEvent):
                     raise SystemExit(event.detail)
-        return landed_at, checked_at
+        return landed_at, checked_at, side.marks.take()
 
     @staticmethod
     def _check(
@@ -357,8 +380,10 @@ class Writer:
         sealed = [
             SourcePage(page=i, position=i, valid_tokens=valid[i], seal=seals[i]) for i in indices
         ]
+        side.marks.take()
         pushed = time.monotonic()
         side.agent.push(request, sealed)
+        side.marks.add("pushed")
         side.agent.complete(request, 1)
         released = False
         while not released:
@@ -366,8 +391,10 @@ class Writer:
                 if isinstance(event, TransferFailedEvent):
                     raise SystemExit(event.detail)
                 released = released or isinstance(event, SourceReleased)
-        landed_at, checked_at = self._pipe.recv()
-        return Run(pushed - begin, landed_at - pushed, checked_at - pushed)
+        side.marks.add("released")
+        landed_at, checked_at, marks = self._pipe.recv()
+        marks = tuple((event, at - pushed) for event, at in side.marks.take() + marks)
+        return Run(pushed - begin, landed_at - pushed, checked_at - pushed, marks)
 
     def _side_for(self, name: str, page: int) -> Side:
         if self._open == (name, page) and self._side is not None:

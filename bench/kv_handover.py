@@ -8,6 +8,7 @@ per-layer pools make them, and NIXL's best single block.
     python bench/kv_handover.py                                # two GPUs (one, if there is one)
     python bench/kv_handover.py --device cpu                   # host memory: NIXL, gRPC, memcpy
     python bench/kv_handover.py --json out.json --plot out.svg
+    python bench/kv_handover.py --timeline --transports cuda_ipc   # where one handover's time goes
 """
 
 import argparse
@@ -29,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from handover_sides import (  # noqa: E402
     MEMORY,
     Reader,
+    Run,
     Writer,
     layout_of,
     random_memory,
@@ -70,15 +72,30 @@ def row(what: str, page: int, tokens: int, size: int, seconds: list[float]) -> R
     return Row(what, page, tokens, size / 2**20, size / middle / 1e9, size / best / 1e9)
 
 
-def measure_handover(writer: Writer, name: str, page: int, tokens: int, rounds: int) -> Row:
+def measure_handover(
+    writer: Writer, name: str, page: int, tokens: int, rounds: int, *, timeline: bool
+) -> Row:
     """Through the agents, seals and digests on (unless the name says plain)."""
     runs = [writer.hand_over(name, page, tokens) for _ in range(rounds + WARM_UP)][WARM_UP:]
+    if timeline:
+        usual = sorted(runs, key=lambda run: run.total_s)[len(runs) // 2]
+        print_timeline(f"{name}, {tokens} tokens, page {page}", usual)
     size = layout_of(page).pages_of(tokens) * layout_of(page).page_bytes
     result = row(name, page, tokens, size, [run.total_s for run in runs])
     result.wire_ms = 1e3 * statistics.median(run.wire_s for run in runs)
     result.after_ms = 1e3 * statistics.median(run.total_s - run.wire_s for run in runs)
     result.seal_ms = 1e3 * statistics.median(run.seal_s for run in runs)
     return result
+
+
+def print_timeline(what: str, run: Run) -> None:
+    """When each run of pages passed each point, in ms since the push."""
+    moments: dict[str, list[float]] = {}
+    for event, at in sorted(run.marks, key=lambda mark: mark[1]):
+        moments.setdefault(event, []).append(1e3 * at)
+    print(what, f"{1e3 * run.total_s:.2f} ms:")
+    for event, times in moments.items():
+        print(f"  {event:8s}", " ".join(f"{at:.2f}" for at in times), flush=True)
 
 
 def timed(work: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
@@ -204,6 +221,7 @@ def main() -> int:
     parser.add_argument("--transports", default="", help="default: all that work here")
     parser.add_argument("--max-tokens", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--timeline", action="store_true", help="of the usual handover, by run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -225,7 +243,11 @@ def main() -> int:
     for name in names:
         for page in MEMORY.page_sizes:
             for tokens in [t for t in TOKENS if t <= most]:
-                rows.append(measure_handover(writer, name, page, tokens, arguments.rounds))
+                rows.append(
+                    measure_handover(
+                        *(writer, name, page, tokens, arguments.rounds), timeline=arguments.timeline
+                    )
+                )
                 table(rows[-1:], heading=False)
     if not unavailable_reason():
         blocks = [
