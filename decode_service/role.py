@@ -20,14 +20,20 @@ from engine.scheduler.role import OwnerKind
 from engine.scheduler.step_result import StepResult
 from engine.types import RequestId
 from kvtransfer.errors import NoSlotsError, TransferError
-from kvtransfer.events import KvEvent, PagesLanded, TransferFailedEvent, WriterFinished
+from kvtransfer.events import (
+    KvEvent,
+    PagesComing,
+    PagesLanded,
+    TransferFailedEvent,
+    WriterFinished,
+)
 from kvtransfer.geometry import WriterPages
-from kvtransfer.landing import first_unsealed
+from kvtransfer.landing import FoundSeals, first_unsealed
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
 from worker.engine_role import FAILURE_CODES, EngineRole, split_rid, told
-from worker.handover_trace import ARRIVED, CHECKED, DECODED, JOINED, LAUNCHED
+from worker.handover_trace import ARRIVED, CHECKED, DECODED, JOINED, LAUNCHED, QUEUED
 
 DEFAULT_WAIT_S = 30.0
 """How long a request may wait for memory where the router names no limit."""
@@ -62,6 +68,7 @@ class Landing:
     """Copy and check of the pages that landed last: what the handover waited for."""
     verified: float = 0.0
     completed: float = 0.0
+    queued: float = 0.0
     """time.monotonic() seconds."""
 
     @property
@@ -285,6 +292,9 @@ class DecodeRole(EngineRole):
     # ---- landing --------------------------------------------------------------------------------
 
     def on_step_launched(self, layers_done: Sequence[LayersDone]) -> None:
+        now = time.monotonic()
+        for landing in self._joined.values():
+            landing.queued = landing.queued or (now if landing.req.t_first_decode else 0.0)
         self._accept_last_pages()
 
     def publish(self, result: StepResult) -> None:
@@ -306,6 +316,8 @@ class DecodeRole(EngineRole):
         match event:
             case PagesLanded():
                 self._on_landed(event)
+            case PagesComing(request_id=request_id):
+                self._prepare(RequestId(request_id))
             case WriterFinished(request_id=request_id, first_token=first_token):
                 self._on_writer_finished(RequestId(request_id), first_token)
             case TransferFailedEvent(request_id=request_id, failure=failure, detail=detail):
@@ -327,16 +339,23 @@ class DecodeRole(EngineRole):
         started = time.monotonic()
         self.trace.mark(rid, ARRIVED, started)
         try:
-            if not landing.pages:
-                count = self.parts.layout.pages_of(landing.req.seqlen)
-                own = self.parts.memory.alloc_pages(count - len(landing.prefix))
-                landing.pages = landing.prefix + own
+            self._bind_pages(landing)
         except OutOfMemoryError as error:
             self.agent.release(rid, TransferFailure.REFUSED, str(error))
             self.report_failure(rid, error.code, str(error), retryable=True)
             self._forget_landing(rid)
             return
-        problem = self._copy_and_check(event, landing)
+        found = self.parts.lander.start(
+            event.window,
+            event.pages,
+            landing.writer,
+            pages=landing.pages,
+            kept_tokens=len(landing.prefix) * self.parts.layout.page_size,
+            first_slot=event.first_slot,
+        )
+        # A device copies and checks meanwhile.
+        self.scheduler.expect_prebuilt(landing.req, landing.pages)
+        problem = self._what_is_wrong(event, landing, found)
         if problem:
             self._reject(rid, problem)
             return
@@ -368,23 +387,34 @@ class DecodeRole(EngineRole):
         self.report_failure(rid, "DATA_LOSS", why, retryable=True, between_workers=True)
         self._forget_landing(rid)
 
-    def _copy_and_check(self, event: PagesLanded, landing: Landing) -> str:
-        """Copies slots into the request's pages; what is wrong with them, or nothing."""
-        # Waits for the copy, too: after this the slots go back to their writer.
-        found = self.parts.lander.land(
-            event.window,
-            event.pages,
-            landing.writer,
-            pages=landing.pages,
-            kept_tokens=len(landing.prefix) * self.parts.layout.page_size,
-            first_slot=event.first_slot,
-        )
+    def _prepare(self, rid: RequestId) -> None:
+        """Its last pages are being computed. What its join needs beside them is made now."""
+        landing = self._landings.get(rid)
+        if landing is None:
+            return
+        try:
+            self._bind_pages(landing)
+        except OutOfMemoryError:
+            return  # pages are still promised to it, and looked for again when they land
+        self.scheduler.expect_prebuilt(landing.req, landing.pages)
+
+    def _bind_pages(self, landing: Landing) -> None:
+        """Its promise becomes pages. Raises OutOfMemoryError."""
+        if not landing.pages:
+            count = self.parts.layout.pages_of(landing.req.seqlen)
+            own = self.parts.memory.alloc_pages(count - len(landing.prefix))
+            landing.pages = landing.prefix + own
+
+    def _what_is_wrong(self, event: PagesLanded, landing: Landing, found: FoundSeals) -> str:
+        """With pages that are being copied out of their slots; empty where nothing is. Waits for
+        the copy: after this the slots go back to their writer."""
+        wrong = [p for p in event.pages if p.chain_hash != landing.chain[p.position]]
+        seals = found.found()
         if not self.parts.config.verify_kv:
             return ""
-        for page in event.pages:
-            if page.chain_hash != landing.chain[page.position]:
-                return f"page {page.position} is of other tokens"
-        spoilt = first_unsealed(event.pages, found)
+        if wrong:
+            return f"page {wrong[0].position} is of other tokens"
+        spoilt = first_unsealed(event.pages, seals)
         return "" if spoilt is None else f"page {spoilt.position} is not what was sealed"
 
     def _join_if_whole(self, rid: RequestId, landing: Landing) -> None:
@@ -411,6 +441,7 @@ class DecodeRole(EngineRole):
             return worker_pb2.WorkerTiming()
         now, forward = time.monotonic(), landing.req.t_first_decode
         self.trace.mark(rid, LAUNCHED, forward)
+        self.trace.mark(rid, QUEUED, landing.queued)
         self.trace.mark(rid, DECODED, now)
         return worker_pb2.WorkerTiming(
             verify_ms=landing.verify_s * 1e3,

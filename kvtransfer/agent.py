@@ -18,6 +18,7 @@ from kvtransfer.cuda_memory import device_name
 from kvtransfer.errors import DuplicateTransferError
 from kvtransfer.events import (
     KvEvent,
+    PagesComing,
     PagesLanded,
     PeerAttached,
     SourceReleased,
@@ -245,10 +246,18 @@ class TransferAgent:
         self._tally.begin(ticket.request_id, ticket.transport)
         self.thread.do(lambda: self.thread.sender.open(ticket))
 
-    def push(self, request_id: str, pages: Sequence[SourcePage]) -> None:
+    def announce_coming(self, request_id: str) -> None:
+        """The step that computes the last of the request's pages is on its way."""
+        held = self._held.get(request_id)
+        if held is not None:
+            self._start(held, lambda: self.thread.sender.announce_coming(request_id))
+
+    def push(
+        self, request_id: str, pages: Sequence[SourcePage], *, first_token: int | None = None
+    ) -> None:
         """Hands over pages whose KV is final; the step that computed them must have ended. They
         are held until SourceReleased, or TransferFailedEvent with `quiesced`. Pages pushed after
-        that are ignored, and not held."""
+        that are ignored, and not held. `first_token`: they are the last, as `complete` says."""
         held = self._held.get(request_id)
         if held is None:
             return
@@ -259,7 +268,7 @@ class TransferAgent:
         def push() -> None:
             if held.behind:
                 self.thread.look()  # what was queued behind the step has landed, as a rule
-            self.thread.sender.push(request_id, copy)
+            self.thread.sender.push(request_id, copy, first_token)
 
         self._start(held, push)
 
@@ -410,7 +419,7 @@ class TransferAgent:
                 self._tally.fail(event.request_id, event.failure)
                 if event.quiesced:
                     self._count(event.request_id, event.failure, event.detail)
-            case PagesLanded() | WriterFinished():
+            case PagesLanded() | PagesComing() | WriterFinished():
                 return self._receiving.get(event.request_id) == event.ticket_id
             case TransferCompleted():
                 if self._receiving.get(event.request_id) != event.ticket_id:

@@ -169,18 +169,34 @@ def copy_and_digest(
         _copy(window, slots, pool, pages, valid_tokens, layout)
         return digest_pages(pool, pages, valid_tokens, layout)
     if window.device == pool.device:
-        launched = digester(pool.device).launch(
-            "copy_and_digest",
-            source=words_of(window),
-            target=words_of(pool),
-            table=_table(slots, pages, valid_tokens),
-            weights=device_weights(layout, pool.device),
-            numbers=_numbers(layout, copy=True),
-        )
+        launched = start_copy_and_digest(window, slots, pool, pages, valid_tokens, layout)
         return as_tensor(launched.wait())
     with torch.cuda.stream(digester(pool.device).stream):
         _copy(window, slots, pool, pages, valid_tokens, layout)
     return digest_pages(pool, pages, valid_tokens, layout)
+
+
+def start_copy_and_digest(
+    window: torch.Tensor,
+    slots: Sequence[int],
+    pool: torch.Tensor,
+    pages: Sequence[int],
+    valid_tokens: Sequence[int],
+    layout: PageLayout,
+) -> DeviceDigests:
+    """As `copy_and_digest` for a pool and a window of one GPU, without waiting."""
+    if len(slots) != len(pages):
+        raise ValueError(f"{len(slots)} slots for {len(pages)} pages")
+    _check(window, slots, valid_tokens, layout)
+    _check(pool, pages, valid_tokens, layout)
+    return digester(pool.device).launch(
+        "copy_and_digest",
+        source=words_of(window),
+        target=words_of(pool),
+        table=_table(slots, pages, valid_tokens),
+        weights=device_weights(layout, pool.device),
+        numbers=_numbers(layout, copy=True),
+    )
 
 
 def _copy(

@@ -28,6 +28,14 @@ class PagesLanded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PagesComing:
+    """Decode: the step that computes the last pages is on its way. They may never come."""
+
+    request_id: str
+    ticket_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriterFinished:
     """Decode: the writer has sent all pages and has stopped. A request whose pages were all
     accepted may join at once: what is left is the acknowledgement, and nobody waits for that.
@@ -101,6 +109,7 @@ class TransferThreadFailed:
 
 KvEvent = (
     PagesLanded
+    | PagesComing
     | WriterFinished
     | TransferCompleted
     | SourceReleased

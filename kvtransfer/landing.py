@@ -9,6 +9,7 @@ of the window, so that what is scattered is what was digested and a late write c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from kvtransfer.digest import (
     device_weights,
     digest_pages,
     seals_of,
+    start_copy_and_digest,
     words_of,
 )
 from kvtransfer.geometry import Piece, WriterPages
@@ -53,6 +55,28 @@ Seals = dict[int, list[bytes]]
 """Writing rank -> the digest of its part of each landed page."""
 
 
+class FoundSeals(Protocol):
+    """What `start_landing` found, or is to find."""
+
+    def found(self) -> Seals:
+        """Waits for the copy, too: slots may go back to their writer then."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLanding:
+    """`FoundSeals` of one rank."""
+
+    _digests: dict[int, DeviceDigests | torch.Tensor]
+    """By writing rank; [len(landed), RANGES] int64 where the host has them."""
+
+    def found(self) -> Seals:
+        return {
+            rank: seals_of(as_tensor(d.wait()) if isinstance(d, DeviceDigests) else d)
+            for rank, d in self._digests.items()
+        }
+
+
 def land_pages(
     window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
 ) -> Seals:
@@ -61,12 +85,21 @@ def land_pages(
     digests the very bytes that it copied, once that is done. On CUDA it works on a stream of its
     own. Raises ValueError for slots, tokens or pages out of range.
     """
+    return start_landing(window, landed, writer, target).found()
+
+
+def start_landing(
+    window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
+) -> PendingLanding:
+    """As `land_pages`, without waiting for a GPU that does it by itself."""
     mine = target.heads
-    return {
-        piece.rank: seals_of(_land_piece(window, landed, writer, piece, target))
-        for piece in writer.pieces
-        if piece.heads.start < mine.stop and mine.start < piece.heads.stop
-    }
+    return PendingLanding(
+        {
+            piece.rank: _land_piece(window, landed, writer, piece, target)
+            for piece in writer.pieces
+            if piece.heads.start < mine.stop and mine.start < piece.heads.stop
+        }
+    )
 
 
 def first_unsealed(landed: Sequence[LandedPage], found: Seals) -> LandedPage | None:
@@ -84,11 +117,12 @@ def _land_piece(
     writer: WriterPages,
     piece: Piece,
     target: LandingTarget,
-) -> torch.Tensor:
-    """[len(landed), RANGES] int64 on the host."""
+) -> DeviceDigests | torch.Tensor:
+    """[len(landed), RANGES] int64 on the host, or on their way there."""
+    on_device = target.pool.device.type == "cuda" and window.device == target.pool.device
     alike = writer.layout == target.layout and piece.heads == target.heads
     if alike and window.shape[1] == target.layout.page_bytes:
-        return copy_and_digest(
+        return (start_copy_and_digest if on_device else copy_and_digest)(
             window,
             [page.slot for page in landed],
             target.pool,
@@ -97,10 +131,10 @@ def _land_piece(
             target.layout,
         )
     _check(window, landed, writer, target)
+    if on_device:
+        return _launch(window, landed, writer, piece, target)
     if target.pool.device.type == "cpu":
         return _staged(window, landed, writer, piece, target)
-    if window.device == target.pool.device:
-        return as_tensor(_launch(window, landed, writer, piece, target).wait())
     with torch.cuda.stream(digester(target.pool.device).stream):
         return _staged(window, landed, writer, piece, target)
 

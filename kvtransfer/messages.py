@@ -41,6 +41,13 @@ def written(
     return message
 
 
+def coming(ticket: Ticket, *, so_far: int) -> kv_pb2.KvMessage:
+    """A heartbeat that says: the last of the pages are being computed."""
+    message = written(ticket, (), (), so_far=so_far)
+    message.written.coming = True
+    return message
+
+
 def landed(written: kv_pb2.PagesWritten) -> list[LandedPage]:
     """The pages that a message announces. Raises ValueError where its lists do not fit together."""
     count = len(written.slots)
@@ -66,12 +73,10 @@ def _split(joined: bytes, count: int) -> list[bytes]:
     return [joined[start : start + size] for start in range(0, len(joined), size)]
 
 
-def complete(ticket: Ticket, *, pages: int, page_bytes: int, first_token: int) -> kv_pb2.KvMessage:
+def complete(ticket: Ticket, said: kv_pb2.TransferComplete) -> kv_pb2.KvMessage:
     """Everything was written; nothing will be any more."""
     message = about(ticket)
-    message.complete.total_pages = pages
-    message.complete.total_bytes = pages * page_bytes
-    message.complete.first_token = first_token
+    message.complete.CopyFrom(said)
     return message
 
 

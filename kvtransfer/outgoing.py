@@ -123,6 +123,19 @@ class Outgoing:
     def key(self) -> TicketKey:
         return self.ticket.instance_id, self.ticket.ticket_id
 
+    @property
+    def finished(self) -> bool:
+        """Whether every page was pushed and no write is left."""
+        return self.first_token is not None and not self.pending and not self.writes
+
+    def end(self, page_bytes: int) -> kv_pb2.TransferComplete:
+        """What decode is told then: by itself, or with the last pages."""
+        return kv_pb2.TransferComplete(
+            total_pages=self.pages,
+            total_bytes=self.pages * page_bytes,
+            first_token=self.first_token or 0,
+        )
+
     def early_pages(self, pages: Iterable[tuple[int, int]], first_layer: int) -> list[Early]:
         """Of (position, page), those whose layers from `first_layer` on may leave now: they go on,
         or begin and have credit."""

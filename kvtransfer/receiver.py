@@ -19,6 +19,7 @@ from kvtransfer import messages
 from kvtransfer.errors import DuplicateTransferError, UnknownPeerError
 from kvtransfer.events import (
     KvEvent,
+    PagesComing,
     PagesLanded,
     TransferCompleted,
     TransferFailedEvent,
@@ -243,6 +244,8 @@ class Receiver:
             entry.last_message = self._clock()
             if kind == "written":
                 self._on_written(entry, message.written)
+                if message.written.HasField("complete") and entry.state != TransferState.FAILED:
+                    self._on_complete(entry, message.written.complete)
             elif kind == "complete":
                 self._on_complete(entry, message.complete)
             elif kind == "failed":
@@ -272,7 +275,9 @@ class Receiver:
             self._fail(entry, TransferFailure.MISMATCH, f"an announcement of pages: {error}")
             return
         if not pages:
-            self._is_short(entry, written.pages_written)
+            if not self._is_short(entry, written.pages_written) and written.coming:
+                ticket = entry.ticket
+                self._emit(PagesComing(request_id=ticket.request_id, ticket_id=ticket.ticket_id))
             return
         fresh: list[LandedPage] = []
         first_slot = entry.window.first_slot

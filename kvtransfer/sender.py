@@ -129,13 +129,24 @@ class Sender:
             transport=self._links.get(out.ticket.instance_id),
         )
 
-    def push(self, request_id: str, pages: list[SourcePage]) -> None:
-        """Pages whose KV is final. They belong to the transfer until it is released or quiesced."""
+    def announce_coming(self, request_id: str) -> None:
+        """The step that computes the last pages is on its way: decode may prepare for them."""
+        out = self._live(request_id)
+        if out is not None:
+            self._send(out, messages.coming(out.ticket, so_far=out.pages_written))
+
+    def push(
+        self, request_id: str, pages: Sequence[SourcePage], first_token: int | None = None
+    ) -> None:
+        """Pages whose KV is final. They belong to the transfer until it is released or quiesced.
+        `first_token`: they are the last, and it is drawn; nothing is written afterwards."""
         out = self._live(request_id)
         if out is None:
             return
         self.early.whole(request_id, pages)
         out.pending.extend(pages)
+        if first_token is not None:
+            out.first_token = first_token
         self._pump(out)
 
     def _add_write(self, key: WriteKey, write: Write) -> None:
@@ -145,12 +156,8 @@ class Sender:
         self._writes[key] = write
 
     def complete(self, request_id: str, first_token: int) -> None:
-        """Every page was pushed, and the first token is drawn; nothing is written afterwards."""
-        out = self._live(request_id)
-        if out is None:
-            return
-        out.first_token = first_token
-        self._pump(out)
+        """Every page was pushed, and the first token is drawn."""
+        self.push(request_id, (), first_token)
 
     def abort(self, request_id: str, failure: TransferFailure, detail: str) -> None:
         """Gives the transfer up and tells decode why. Unknown and ended requests are ignored."""
@@ -338,8 +345,7 @@ class Sender:
                 self._announce(out, pages)
             else:
                 self._write(out, pages, landed)
-        finished = out.first_token is not None and not out.pending and not out.writes
-        if finished and not out.complete_sent and out.state != TransferState.FAILED:
+        if out.finished and not out.complete_sent and out.state != TransferState.FAILED:
             out.complete_sent = True
             self._send_complete(out)
 
@@ -348,9 +354,13 @@ class Sender:
         nothing about them: they were sealed where they left, and decode compares."""
         self._trace(out.ticket.request_id, STARTED)
         slots = out.slots_for(pages)
-        self._send(out, messages.written(out.ticket, pages, slots, so_far=out.pages_written))
-        self._trace(out.ticket.request_id, WRITTEN)
+        message = messages.written(out.ticket, pages, slots, so_far=out.pages_written)
         out.take(pages)
+        if out.finished:
+            out.complete_sent = True
+            message.written.complete.CopyFrom(out.end(self._layout.page_bytes))
+        self._send(out, message)
+        self._trace(out.ticket.request_id, WRITTEN)
         self._count_written(out, pages)
 
     def _count_written(self, out: Outgoing, pages: Sequence[SourcePage]) -> None:
@@ -423,13 +433,7 @@ class Sender:
         )
 
     def _send_complete(self, out: Outgoing) -> None:
-        message = messages.complete(
-            out.ticket,
-            pages=out.pages,
-            page_bytes=self._layout.page_bytes,
-            first_token=out.first_token or 0,
-        )
-        self._send(out, message)
+        self._send(out, messages.complete(out.ticket, out.end(self._layout.page_bytes)))
 
     def _send(self, out: Outgoing, message: kv_pb2.KvMessage) -> None:
         out.last_sent = self._clock()

@@ -260,6 +260,15 @@ class PrefillRole(EngineRole):
             for rid, pages in leaving:
                 self.agent.push_behind(rid, pages, range(first, layers), passed)
             first = layers
+        for extend in launched:
+            if extend.draws and extend.req.remaining_new_tokens > 1:
+                self._announce_coming(extend.req.rid)
+
+    def _announce_coming(self, rid: RequestId) -> None:
+        """Decode has the time of a step to prepare for the request."""
+        handover = self._handovers.get(rid)
+        if handover is not None and handover.ticket is not None and not handover.given_up:
+            self.agent.announce_coming(rid)
 
     def on_extend_result(
         self, req: Req, *, prompt_done: bool, token: int | None, logprob: float | None
@@ -283,14 +292,13 @@ class PrefillRole(EngineRole):
             )
             return
         try:
-            self._push(req, handover.ticket, fresh)
+            self._push(req, handover.ticket, fresh, first_token=token if prompt_done else None)
         except StaleSourceError as error:
             self._give_up(req.rid, handover, TransferFailure.MISMATCH, str(error))
             detail = told(TransferFailure.MISMATCH, str(error))
             self.report_failure(req.rid, "DATA_LOSS", detail, retryable=True)
             return
-        if prompt_done and token is not None:
-            self.agent.complete(req.rid, token)
+        if prompt_done:
             self.trace.mark(req.rid, PUSHED)
 
     def _begin_sealing(
@@ -318,8 +326,9 @@ class PrefillRole(EngineRole):
             passed=computed_at,
         )
 
-    def _push(self, req: Req, ticket: Ticket, fresh: range) -> None:
-        """Hands over the pages that decode does not hold. Raises StaleSourceError."""
+    def _push(self, req: Req, ticket: Ticket, fresh: range, *, first_token: int | None) -> None:
+        """Hands over the pages that decode does not hold; all that were left of them, where the
+        first token is known. Raises StaleSourceError."""
         pages, chain = self.scheduler.request_pages(req), self._chains[req.rid]
         layout = self.parts.layout
         self.agent.push(
@@ -334,6 +343,7 @@ class PrefillRole(EngineRole):
                 for position in fresh
                 if position >= ticket.decode_prefix_len // layout.page_size
             ],
+            first_token=first_token,
         )
 
     def retain_pages(self, req: Req) -> bool:

@@ -21,6 +21,9 @@ ARRIVED, CHECKED, JOINED, LAUNCHED, DECODED = "arrived", "checked", "joined", "l
 """Decode: landed pages are looked at; they are copied out and checked; the request waits for the
 next launch; its first step is prepared and about to be launched; that step's token is here. The
 first two happen more than once a request."""
+QUEUED = "queued"
+"""Decode: the first step is on its way to the device: with nothing before it there, its first
+kernel starts."""
 
 
 class HandoverTrace:
@@ -50,7 +53,7 @@ def read_trace(path: Path) -> dict[str, dict[str, list[float]]]:
 def phases_ms(events: dict[str, list[float]]) -> dict[str, float]:
     """What one handover spent where; empty for one that did not happen in full."""
     wanted = {COMPUTED, SEALED, PUSHED, STARTED, WRITTEN, HEARD, ARRIVED, CHECKED, JOINED, LAUNCHED}
-    if not wanted | {DECODED} <= events.keys():
+    if not wanted | {QUEUED, DECODED} <= events.keys():
         return {}
     ends = {name: moments[-1] for name, moments in events.items()}
     steps: Iterable[tuple[str, float, float]] = (
@@ -64,6 +67,7 @@ def phases_ms(events: dict[str, list[float]]) -> dict[str, float]:
         ("finish", ends[CHECKED], ends[JOINED]),
         ("join", ends[JOINED], ends[LAUNCHED]),
         ("gap", ends[COMPUTED], ends[LAUNCHED]),
+        ("launch", ends[LAUNCHED], ends[QUEUED]),
         ("step", ends[LAUNCHED], ends[DECODED]),
     )
     return {name: 1e3 * (end - begin) for name, begin, end in steps}

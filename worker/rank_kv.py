@@ -14,7 +14,13 @@ import torch
 from kvtransfer.cpu_digest import cpu_digest
 from kvtransfer.digest import SEAL_BYTES, copy_and_digest
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
-from kvtransfer.landing import LandingTarget, Seals, land_pages
+from kvtransfer.landing import (
+    FoundSeals,
+    LandingTarget,
+    PendingLanding,
+    Seals,
+    start_landing,
+)
 from kvtransfer.pool_sealer import KnownSeals, PendingSeals, PoolSealer
 from kvtransfer.ticket import LandedPage
 from worker.rank_link import Kind, RankLink
@@ -38,6 +44,18 @@ class RankKv:
         pages: Sequence[int],
         kept_tokens: int,
     ) -> Seals:
+        pending = self.start_landing(window, landed, writer, pages=pages, kept_tokens=kept_tokens)
+        return pending.found()
+
+    def start_landing(
+        self,
+        window: torch.Tensor,
+        landed: Sequence[LandedPage],
+        writer: WriterPages,
+        *,
+        pages: Sequence[int],
+        kept_tokens: int,
+    ) -> PendingLanding:
         target = LandingTarget(
             pool=self.pool,
             layout=self.place.layout,
@@ -45,7 +63,7 @@ class RankKv:
             heads=self.place.heads,
             kept_tokens=kept_tokens,
         )
-        return land_pages(window, landed, writer, target)
+        return start_landing(window, landed, writer, target)
 
     def seals(self, pages: Sequence[int], valid_tokens: Sequence[int]) -> list[bytes]:
         return PoolSealer(self.pool, self.place.layout).seals(pages, valid_tokens)
@@ -132,7 +150,7 @@ class RankLander:
         self._local = local
         self._links = links
 
-    def land(
+    def start(
         self,
         window: torch.Tensor,
         landed: Sequence[LandedPage],
@@ -141,9 +159,10 @@ class RankLander:
         pages: Sequence[int],
         kept_tokens: int,
         first_slot: int = 0,
-    ) -> Seals:
-        """As `land_pages`, of all ranks together. `first_slot`: which of the worker's windows it
-        is; the other ranks have theirs."""
+    ) -> FoundSeals:
+        """As `start_landing`, of all ranks together; what it found must be asked for before the
+        next call. `first_slot`: which of the worker's windows it is; the other ranks have
+        theirs."""
         asked: dict[str, Any] = {
             "first_slot": first_slot,
             "landed": [(page.slot, page.position, page.valid_tokens) for page in landed],
@@ -153,14 +172,26 @@ class RankLander:
             "kept_tokens": kept_tokens,
         }
         ask_all(self._links, Kind.LAND, asked)
-        found = [
-            self._local.land(window, landed, writer, pages=pages, kept_tokens=kept_tokens),
-            *(
-                {int(rank): _split(bytes.fromhex(seals)) for rank, seals in answer.items()}
-                for answer in (json.loads(link.answer()) for link in self._links)
-            ),
+        local = self._local.start_landing(
+            window, landed, writer, pages=pages, kept_tokens=kept_tokens
+        )
+        return _RankLanding(local, self._links) if self._links else local
+
+
+@dataclass(frozen=True, slots=True)
+class _RankLanding:
+    """`FoundSeals` of all ranks."""
+
+    local: PendingLanding
+    links: Sequence[RankLink]
+
+    def found(self) -> Seals:
+        answers = [json.loads(link.answer()) for link in self.links]
+        theirs = [
+            {int(rank): _split(bytes.fromhex(seals)) for rank, seals in answer.items()}
+            for answer in answers
         ]
-        return _agreed(found)
+        return _agreed([self.local.found(), *theirs])
 
 
 def ask_all(links: Sequence[RankLink], kind: Kind, asked: dict[str, Any]) -> None:

@@ -152,6 +152,7 @@ class DecodeAdmission:
         promises = list(scheduler.role.promises() if already_promised is None else already_promised)
         unbound = sum(unbound_tokens(p, scheduler.page_size) for p in promises)
         rows = scheduler.memory.req_to_token.available_size() + len(without)
+        rows += len(scheduler.newcomers.rows)  # theirs by promise, or as prebuilt
         running = [req for req in scheduler.running_requests() if req not in without]
         rows = min(rows, scheduler.config.max_running_requests - len(running))
         rows -= len(promises) + len(scheduler.prebuilt)

@@ -13,6 +13,7 @@ from engine.memory.pools import MemoryPools
 from engine.scheduler.in_flight import StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
 from engine.scheduler.lora_slots import LoraSlots
+from engine.scheduler.newcomers import Newcomers
 from engine.scheduler.role import SchedulerRole
 
 
@@ -26,8 +27,10 @@ class MemoryBalance:
         role: SchedulerRole,
         in_flight: StepsInFlight,
         lora_slots: LoraSlots,
+        newcomers: Newcomers,
     ) -> None:
         self._lora_slots = lora_slots
+        self._newcomers = newcomers
         self._in_flight = in_flight
         self._lifecycle = lifecycle
         self._memory = memory
@@ -65,7 +68,8 @@ class MemoryBalance:
         """Raises `MemoryInvariantError` for a row without an owner, or with two."""
         rows = (req.req_pool_idx for req in self._lifecycle.live.values())
         return count_rows(
-            req_to_token=self._memory.req_to_token, in_use=[r for r in rows if r is not None]
+            req_to_token=self._memory.req_to_token,
+            in_use=[*self._newcomers.rows, *(row for row in rows if row is not None)],
         )
 
     def check(self) -> None:

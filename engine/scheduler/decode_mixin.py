@@ -1,7 +1,7 @@
 """How requests whose KV arrived by transfer enter a batch (seed section 4, the decode mixin).
 
-They join as if their extend had run here: rows, pages and lengths are described, the first token
-is seeded, the tree learns the prompt. No forward runs.
+They join as if their extend had run here: rows, pages and lengths are described, and the first
+token is seeded. No forward runs.
 """
 
 from __future__ import annotations
@@ -28,35 +28,48 @@ class ScheduleBatchDisaggregationDecodeMixin:
         Raises `OutOfMemoryError` where rows are short, with nothing taken.
         """
         batch = cast("ScheduleBatch", self)
-        batch.forward_mode = ForwardMode.PREBUILT
+        batch.describe_prebuilt([req.pages for req in batch.reqs])
+        batch.begin_prebuilt()
+
+    def describe_prebuilt(self, pages: Sequence[Sequence[int]]) -> list[int]:
+        """The device's part of `prepare_for_prebuilt`, which may be done before the KV is there:
+        new rows, which are returned, over these pages of each request, lengths and sampling
+        parameters. `begin_prebuilt` follows when the KV has come. Raises `OutOfMemoryError`.
+        """
+        batch = cast("ScheduleBatch", self)
         rows = batch.alloc_req_slots(len(batch.reqs))
         last_slots: list[int] = []
-        for req, row in zip(batch.reqs, rows, strict=True):
+        for req, row, own in zip(batch.reqs, rows, pages, strict=True):
+            req.prefix_len, req.extend_input_len = 0, req.seqlen
+            slots = page_slots(list(own), batch.page_size, 0, req.seqlen)
+            batch.req_to_token_pool.write(row, 0, slots)
+            last_slots.append(int(slots[-1]))
+        batch.prebuilt_rows = rows
+        batch.describe_rows(rows, [req.seqlen for req in batch.reqs])
+        batch.last_loc = to_device(last_slots, batch.device)
+        batch.sampling = SamplingState.of(batch.reqs, batch.device, vocab_size=batch.vocab_size)
+        return rows
+
+    def begin_prebuilt(self) -> None:
+        """The KV has come: the rows that were described are their requests'."""
+        batch = cast("ScheduleBatch", self)
+        batch.forward_mode = ForwardMode.PREBUILT
+        for req, row in zip(batch.reqs, batch.prebuilt_rows, strict=True):
             if req.kv_committed_len != req.seqlen:
                 raise EngineError(
                     f"request {req.rid}: KV of {req.kv_committed_len} tokens came for {req.seqlen}"
                 )
             req.req_pool_idx = row
-            req.prefix_len, req.extend_input_len = 0, req.seqlen
-            slots = page_slots(req.pages, batch.page_size, 0, req.seqlen)
-            batch.req_to_token_pool.write(row, 0, slots)
-            last_slots.append(int(slots[-1]))
         batch.prefix_lens = [0] * len(batch.reqs)
         batch.extend_lens = [req.seqlen for req in batch.reqs]
         batch.extend_num_tokens = 0
-        batch.describe_rows(rows, [req.kv_committed_len for req in batch.reqs])
-        batch.last_loc = to_device(last_slots, batch.device)
-        batch.sampling = SamplingState.of(batch.reqs, batch.device, vocab_size=batch.vocab_size)
 
     def process_prebuilt(self, first_tokens: Sequence[int]) -> None:
-        """Seeds the first tokens, which the client has from the prefill worker, and gives the
-        prompts' whole pages to the tree. Each request advances by its first token exactly once.
-
-        A page of the tree may take the place of one that arrived; `last_loc` need not follow, as
-        only a full page is replaced and the token after it opens a new one.
+        """Seeds the first tokens, which the client has from the prefill worker. Each request
+        advances by its first token exactly once. The tree learns of the prompts behind the launch
+        (`Scheduler.step`).
         """
         batch = cast("ScheduleBatch", self)
         for req, token in zip(batch.reqs, first_tokens, strict=True):
             req.append_output(token, None)
-            batch.tree_cache.cache_unfinished_req(req)
         batch.output_ids = to_device(first_tokens, batch.device)

@@ -21,6 +21,7 @@ from engine.scheduler.in_flight import StepsInFlight
 from engine.scheduler.lifecycle import RequestLifecycle
 from engine.scheduler.lora_slots import LoraSlots
 from engine.scheduler.new_token_ratio import NewTokenRatio
+from engine.scheduler.newcomers import Newcomers
 from engine.scheduler.policy import SchedulePolicy
 from engine.scheduler.req import FinishReason, Req, RequestPhase
 from engine.scheduler.results import ResultProcessor
@@ -68,6 +69,8 @@ class SchedulerRequests:
         self.last_batch: ScheduleBatch | None = None
         self.prebuilt: dict[Req, int] = {}
         """Requests whose KV has arrived, with their first token; they join on the next pass."""
+        self.newcomers = Newcomers(memory.req_to_token, self._batch_of)
+        """Of those, and of others whose KV is still to arrive, the ones that are described."""
         self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
         self.num_retractions = 0
         self.num_preemptions = 0
@@ -88,7 +91,7 @@ class SchedulerRequests:
         )
         self._results = ResultProcessor(self._lifecycle, memory, self.role, self._in_flight)
         self._balance = MemoryBalance(
-            self._lifecycle, memory, self.role, self._in_flight, self.lora_slots
+            self._lifecycle, memory, self.role, self._in_flight, self.lora_slots, self.newcomers
         )
         self._deferred_aborts: list[Req] = []
 
@@ -131,6 +134,11 @@ class SchedulerRequests:
         if not self.grammar_queue.hold(req):
             self.waiting_queue.append(req)
 
+    def expect_prebuilt(self, req: Req, pages: Sequence[int]) -> None:
+        """Describes a request that is to come by `add_prebuilt` with these pages, so that its join
+        takes less time then. It costs a row; undone by `unlock_prefix`."""
+        self.newcomers.describe(req, pages)
+
     def add_prebuilt(self, req: Req, pages: Sequence[int], first_token: int) -> None:
         """Takes over a request whose prompt's KV (and that of replayed outputs) is in `pages`,
         which belong to the scheduler from now on. `first_token` was drawn and delivered elsewhere;
@@ -147,6 +155,7 @@ class SchedulerRequests:
         req.pages = list(pages)
         req.kv_committed_len = req.kv_ready_len = req.seqlen
         self._lifecycle.add(req, RequestPhase.PREBUILT)
+        self.newcomers.confirm(req, pages)
         self.prebuilt[req] = first_token
 
     def lock_prefix(self, req: Req) -> list[int]:
@@ -166,7 +175,8 @@ class SchedulerRequests:
         return self.memory.tree_cache.load_back(req.last_host_node)
 
     def unlock_prefix(self, req: Req) -> None:
-        """Undoes `lock_prefix` where the request does not come after all."""
+        """Undoes `lock_prefix` and `expect_prebuilt` where the request does not come after all."""
+        self.newcomers.drop(req)
         if req.last_node is not None:
             self.memory.tree_cache.dec_lock_ref(req.last_node)
         req.drop_match()
@@ -186,6 +196,7 @@ class SchedulerRequests:
         if req.phase is RequestPhase.WAITING:
             self._leave_queue(req)
         if self.prebuilt.pop(req, None) is not None:
+            self.newcomers.drop(req)
             self.grammar_queue.discard(rid)
         self._lifecycle.abort(req)
         return True

@@ -71,6 +71,8 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
     extend_lens: list[int] = field(default_factory=list)
     extend_num_tokens: int = 0
     extend_logprob_start_lens: list[int] = field(default_factory=list)
+    prebuilt_rows: list[int] = field(default_factory=list)
+    """Of requests that come by transfer, while they are described: their rows."""
     num_decode_rows: int = 0
     """Of a MIXED batch: its last rows, which come from the running batch."""
     sampling: SamplingState | None = None

@@ -49,6 +49,8 @@ class Scheduler(SchedulerRequests):
         super().__init__(config, runner, memory, role, device, grammars)
         self.admission = DecodeAdmission(self)
         self._ticket_room = TicketRoom(self)
+        self._newly_joined: list[Req] = []
+        """In this pass, by transfer."""
         self.role.attach(self)
 
     # ---- one pass
@@ -71,6 +73,7 @@ class Scheduler(SchedulerRequests):
         self.last_batch = None if batch is self._split.batch else batch
         overlaps = batch is not None and self.config.enable_overlap
         self._settle_outstanding(but=1 if overlaps else 0)
+        self._teach_tree()
         return self._lifecycle.take_events()
 
     def hold_s(self) -> float:
@@ -211,7 +214,7 @@ class Scheduler(SchedulerRequests):
     def get_num_allocatable_reqs(self, num_promised: int = 0) -> int:
         """Requests that may still join: the running limit and the rows, less what is promised."""
         running = self.running_batch.batch_size() + (self.chunked_req is not None)
-        rows = self.memory.req_to_token.available_size()
+        rows = self.memory.req_to_token.available_size() + len(self.newcomers.rows)
         waiting_to_join = num_promised + len(self.prebuilt)
         return min(self.config.max_running_requests - running, rows) - waiting_to_join
 
@@ -328,23 +331,34 @@ class Scheduler(SchedulerRequests):
 
     def _join_prebuilt(self) -> None:
         """Merges requests that came by transfer, as far as rows reach."""
-        rows = self.memory.req_to_token.available_size()
         ready = [req for req in self.prebuilt if not self.grammar_queue.is_pending(req)]
-        joining = [
-            (req, self.prebuilt[req]) for req in ready[:rows] if self.lora_slots.try_acquire(req)
-        ]
-        if not joining:
-            return
-        batch = self._batch_of([req for req, _ in joining])
-        batch.prepare_for_prebuilt()
-        batch.process_prebuilt([token for _, token in joining])
-        for req, _ in joining:
-            del self.prebuilt[req]
-            req.phase = RequestPhase.RUNNING
-            if req.finished():
-                self._lifecycle.finish(req)
+        for req in ready:
+            has_row = req in self.newcomers or self.memory.req_to_token.available_size() > 0
+            if has_row and self.lora_slots.try_acquire(req):
+                self._join(req, self.prebuilt.pop(req))
+
+    def _join(self, req: Req, first_token: int) -> None:
+        batch = self.newcomers.take(req)
+        if batch is None:
+            batch = self._batch_of([req])
+            batch.prepare_for_prebuilt()
+        else:
+            batch.begin_prebuilt()
+        batch.process_prebuilt([first_token])
+        self._newly_joined.append(req)
+        req.phase = RequestPhase.RUNNING
+        if req.finished():
+            self._lifecycle.finish(req)
         batch.filter_batch()
         self._merge_into_running(batch)
+
+    def _teach_tree(self) -> None:
+        """Prompts that came by transfer, once their first step is on its way, which need not wait
+        for that. A page of the tree may take the place of one that arrived."""
+        joined, self._newly_joined = self._newly_joined, []
+        for req in joined:
+            if req.phase is RequestPhase.RUNNING and not req.finished():
+                self._in_flight.cache_unfinished_req(req)
 
     def _make_adder(self, reserved_tokens: int) -> PrefillAdder:
         mixed = self.running_batch.batch_size() if self.is_mixed_chunk else 0

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from engine.scheduler.req import Req
+from protos.baton.v1 import worker_pb2
 from tests.engine.scheduler.stub import make_req, undisturbed
 from tests.worker.handover import DECODE, Handover
 from worker.engine_role import make_rid
@@ -70,6 +72,73 @@ def test_the_last_pages_are_acknowledged_behind_the_launch_of_the_first_step() -
 def test_pages_whose_slots_are_waited_for_are_acknowledged_at_once() -> None:
     done = order_of_forwards_and_accepts(list(range(1, 31)), slots=4)
     assert done.index("forward") > 1
+
+
+def until_described(handover: Handover, name: str, prompt: list[int]) -> Req:
+    """Runs until decode has prepared for the request, of which no page has landed."""
+    handover.generate(name, prompt)
+    scheduler, rid = handover.decode.scheduler, make_rid(name, 0)
+    for _ in range(10):
+        handover.step()
+        landing = handover.decode.role._landings.get(rid)
+        if landing is not None and landing.req in scheduler.newcomers:
+            assert not landing.accepted
+            return landing.req
+    raise AssertionError("decode was not told that pages are coming")
+
+
+def test_a_request_is_described_while_its_last_pages_are_on_their_way() -> None:
+    handover = Handover(behind=True, overlap=True)
+    req = until_described(handover, "r", [1, 2, 3])
+    scheduler, described = handover.decode.scheduler, []
+    describe = scheduler.running_batch.__class__.describe_prebuilt
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(batch: Any, pages: Any) -> Any:
+            described.append(batch)
+            return describe(batch, pages)
+
+        patch.setattr(scheduler.running_batch.__class__, "describe_prebuilt", counted)
+        while not handover.output("r"):
+            handover.step()
+        handover.step()
+        while req in scheduler.newcomers:
+            handover.step()
+    assert not described, "nothing of it is made again when it joins"
+    exact = undisturbed(make_req("r", [1, 2, 3], max_new_tokens=6))
+    for _ in range(20):
+        handover.step()
+    assert handover.output("r") == exact
+    assert not handover.owned()
+
+
+def test_a_request_that_is_described_and_does_not_come_gives_its_row_and_pages_back() -> None:
+    handover = Handover(behind=True, overlap=True)
+    until_described(handover, "r", [1, 2, 3])
+    handover.abort("r")
+    for _ in range(20):
+        handover.step()
+    assert not handover.decode.scheduler.newcomers.rows
+    assert not handover.owned()
+
+
+def test_a_bit_that_flips_after_the_request_was_described_is_no_token() -> None:
+    handover = Handover(behind=True, overlap=True)
+    until_described(handover, "r", [1, 2, 3])
+    window = handover.decode.window
+    assert window is not None
+    window.memory[:, 0] ^= 1
+    for _ in range(20):
+        handover.step()
+        if handover.errors["r"]:
+            break
+    [(_, who, error), *_] = handover.errors["r"]
+    assert (who, error.code) == (DECODE, worker_pb2.ERROR_CODE_DATA_LOSS)
+    assert len(handover.output("r")) <= 1, "prefill's token is all that was drawn"
+    for _ in range(20):
+        handover.step()
+    assert not handover.decode.scheduler.newcomers.rows
+    assert not handover.owned()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -189,20 +189,24 @@ class ProbeGranted(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., facts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PagesWritten(_message.Message):
-    __slots__ = ("slots", "positions", "valid_tokens", "seals", "chain_hashes", "pages_written")
+    __slots__ = ("slots", "positions", "valid_tokens", "seals", "chain_hashes", "pages_written", "complete", "coming")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VALID_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEALS_FIELD_NUMBER: _ClassVar[int]
     CHAIN_HASHES_FIELD_NUMBER: _ClassVar[int]
     PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
     valid_tokens: _containers.RepeatedScalarFieldContainer[int]
     seals: bytes
     chain_hashes: bytes
     pages_written: int
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., seals: _Optional[bytes] = ..., chain_hashes: _Optional[bytes] = ..., pages_written: _Optional[int] = ...) -> None: ...
+    complete: TransferComplete
+    coming: bool
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., seals: _Optional[bytes] = ..., chain_hashes: _Optional[bytes] = ..., pages_written: _Optional[int] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., coming: _Optional[bool] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
     __slots__ = ("total_pages", "first_token", "total_bytes")
