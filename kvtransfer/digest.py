@@ -219,8 +219,9 @@ def _table(
     source_pages: Sequence[int], target_pages: Sequence[int], valid_tokens: Sequence[int]
 ) -> npt.NDArray[np.int64]:
     """A line a page, as the kernel reads it."""
-    lines = zip(source_pages, target_pages, valid_tokens, strict=True)
-    return np.array(list(lines), dtype=np.int64).reshape(-1, 3)
+    lines = np.empty((len(source_pages), 3), dtype=np.int64)
+    lines[:, 0], lines[:, 1], lines[:, 2] = source_pages, target_pages, valid_tokens
+    return lines
 
 
 def _numbers(layout: PageLayout, *, copy: bool) -> tuple[int, ...]:
@@ -246,11 +247,13 @@ def _check(
         raise ValueError(
             f"expected [count, {layout.page_bytes}] uint8, got {tuple(pool.shape)} {pool.dtype}"
         )
-    for page, valid in zip(pages, valid_tokens, strict=True):
-        if not 0 <= page < pool.shape[0]:
-            raise ValueError(f"page {page} outside 0..{pool.shape[0] - 1}")
-        if not 1 <= valid <= layout.page_size:
-            raise ValueError(f"page {page}: {valid} valid tokens outside 1..{layout.page_size}")
+    if not pages:
+        return
+    if min(pages) < 0 or max(pages) >= pool.shape[0]:
+        raise ValueError(f"pages {min(pages)} to {max(pages)} outside 0..{pool.shape[0] - 1}")
+    if min(valid_tokens) < 1 or max(valid_tokens) > layout.page_size:
+        found = sorted(set(valid_tokens))
+        raise ValueError(f"{found[0]} to {found[-1]} valid tokens outside 1..{layout.page_size}")
 
 
 def _compiled(
@@ -294,8 +297,9 @@ def _cpu_digest(page: npt.NDArray[np.uint8], valid: int, layout: PageLayout) -> 
 
 def seals_of(digests: torch.Tensor) -> list[bytes]:
     """Digests ([n, ranges] int64, any device) as seals; waits for the device once."""
-    data: npt.NDArray[np.int64] = digests.cpu().numpy().astype("<i8", copy=False)
-    return [row.tobytes() for row in data]
+    data = digests.cpu().numpy().astype("<i8", copy=False).tobytes()
+    size = len(data) // max(1, len(digests))
+    return [data[start : start + size] for start in range(0, len(data), max(1, size))]
 
 
 def seal_to_int(seal: bytes) -> int:

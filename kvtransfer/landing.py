@@ -104,11 +104,14 @@ def start_landing(
 
 def first_unsealed(landed: Sequence[LandedPage], found: Seals) -> LandedPage | None:
     """The first page that is not what was sealed; None: all of them are."""
-    for index, page in enumerate(landed):
-        for rank, seals in found.items():
-            if page.seal[SEAL_BYTES * rank :][:SEAL_BYTES] != seals[index]:
-                return page
-    return None
+    spoilt: list[int] = []
+    for rank, seals in found.items():
+        first = SEAL_BYTES * rank
+        sealed = [page.seal[first : first + SEAL_BYTES] for page in landed]
+        if sealed != seals:
+            pairs = enumerate(zip(sealed, seals, strict=True))
+            spoilt.append(next(index for index, (ours, theirs) in pairs if ours != theirs))
+    return landed[min(spoilt)] if spoilt else None
 
 
 def _land_piece(

@@ -33,11 +33,13 @@ def written(
     told.pages_written = so_far
     told.SetInParent()
     if pages:
+        # Once for every page of every prompt: columns, as a page's fields one by one take longer.
+        _, positions, valid_tokens, seals, chain_hashes = zip(*pages, strict=True)
         told.slots.extend(slots)
-        told.positions.extend([page.position for page in pages])
-        told.valid_tokens.extend([page.valid_tokens for page in pages])
-        told.seals = b"".join([page.seal for page in pages])
-        told.chain_hashes = b"".join([page.chain_hash for page in pages])
+        told.positions.extend(positions)
+        told.valid_tokens.extend(valid_tokens)
+        told.seals = b"".join(seals)
+        told.chain_hashes = b"".join(chain_hashes)
     return message
 
 
@@ -51,17 +53,14 @@ def coming(ticket: Ticket, *, so_far: int) -> kv_pb2.KvMessage:
 def landed(written: kv_pb2.PagesWritten) -> list[LandedPage]:
     """The pages that a message announces. Raises ValueError where its lists do not fit together."""
     count = len(written.slots)
-    return [
-        LandedPage(*page)
-        for page in zip(
-            written.slots,
-            written.positions,
-            written.valid_tokens,
-            _split(written.seals, count),
-            _split(written.chain_hashes, count),
-            strict=True,
-        )
-    ]
+    columns = (
+        written.slots,
+        written.positions,
+        written.valid_tokens,
+        _split(written.seals, count),
+        _split(written.chain_hashes, count),
+    )
+    return list(map(LandedPage._make, zip(*columns, strict=True)))
 
 
 def _split(joined: bytes, count: int) -> list[bytes]:

@@ -7,6 +7,7 @@ can never be sent under the seal of what it held before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,9 @@ class StaleSourceError(Exception):
     """A cached page no longer holds what it was sealed with: it must not be sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Seal:
+class _Seal(NamedTuple):
+    """One for every page that is computed, while a client waits."""
+
     generation: int
     chain_hash: bytes
     digest: bytes
@@ -103,10 +105,4 @@ class SealStore:
         wanted = (self._allocator.generation(page), chain_hash, valid)
         if seal is None or (seal.generation, seal.chain_hash, seal.valid_tokens) != wanted:
             raise StaleSourceError(f"page {position} of the prompt is not what was sealed")
-        return SourcePage(
-            page=page,
-            position=position,
-            valid_tokens=valid,
-            seal=seal.digest,
-            chain_hash=chain_hash,
-        )
+        return SourcePage(page, position, valid, seal.digest, chain_hash)
