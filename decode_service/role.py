@@ -7,8 +7,9 @@ order (scheduling.md section 5). Nobody but this thread writes the pool.
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
+from decode_service.landings import Check, Landing
 from decode_service.reserve_queue import Reservation, ReserveQueue
 from engine.errors import EngineError, OutOfMemoryError
 from engine.execution.forward_batch import LayersDone
@@ -27,8 +28,6 @@ from kvtransfer.events import (
     TransferFailedEvent,
     WriterFinished,
 )
-from kvtransfer.geometry import WriterPages
-from kvtransfer.landing import FoundSeals, first_unsealed
 from kvtransfer.states import TransferFailure
 from protos.baton.v1 import channel_pb2, worker_pb2
 from worker.engine_parts import EngineParts
@@ -42,38 +41,6 @@ DEFAULT_WAIT_S = 30.0
 HOST_LOAD_WAIT_S = 0.5
 """How long a ticket may wait for the prefix that comes back from host memory. A copy takes some
 milliseconds; this bounds what evictions in between can make of it."""
-
-
-@dataclass(slots=True)
-class Landing:
-    """A request whose ticket is out: its KV is on the way."""
-
-    req: Req
-    prefix: list[int]
-    """Pages of the prefix that is here already, locked in the tree."""
-    writer: WriterPages
-    """What landed pages are, and what positions count: prefill may cut KV otherwise."""
-    chain: list[bytes]
-    """Expected chain hash of each of the writer's pages, the prefix's included."""
-    travelling: int
-    """Pages of the writer that are to land."""
-    pages: list[int] = field(default_factory=list)
-    """All pages of the request here; bound when the first one lands, a promise until then."""
-    transport: str = ""
-    accepted: set[int] = field(default_factory=set)
-    """Positions of pages that were copied and verified."""
-    first_token: int | None = None
-    """Known when the writer has finished."""
-    verify_s: float = 0.0
-    """Copy and check of the pages that landed last: what the handover waited for."""
-    verified: float = 0.0
-    completed: float = 0.0
-    queued: float = 0.0
-    """time.monotonic() seconds."""
-
-    @property
-    def own_pages(self) -> list[int]:
-        return self.pages[len(self.prefix) :]
 
 
 class DecodeRole(EngineRole):
@@ -160,8 +127,10 @@ class DecodeRole(EngineRole):
             self.done(rid)
 
     def _forget_landing(self, rid: RequestId) -> None:
-        """Peers never write the pool, so the pages may go at once; slots wait for their writer."""
+        """Peers never write the pool, so the pages may go as soon as nothing is copied into them;
+        slots wait for their writer."""
         landing = self._landings.pop(rid)
+        landing.take_checks(verify=False)
         self.parts.memory.free_pages(landing.own_pages)
         self.scheduler.unlock_prefix(landing.req)
         self.done(rid)
@@ -299,6 +268,10 @@ class DecodeRole(EngineRole):
 
     def publish(self, result: StepResult) -> None:
         super().publish(result)
+        for landing in [landing for landing in self._joined.values() if landing.checks]:
+            # Nothing was launched for it yet (it may wait for an adapter's slot): as its slots do.
+            if not landing.req.kv_is_good():
+                self.scheduler.abort_request(landing.req.rid)
         self._accept_last_pages()
 
     def _accept_last_pages(self) -> None:
@@ -310,6 +283,9 @@ class DecodeRole(EngineRole):
 
     def poll(self) -> None:
         super().poll()
+        for rid, landing in list(self._landings.items()):
+            if landing.checks and not self._settle_checks(rid, landing):
+                self._forget_landing(rid)
         self._admit()
 
     def on_kv_event(self, event: KvEvent) -> None:
@@ -355,19 +331,9 @@ class DecodeRole(EngineRole):
         )
         # A device copies and checks meanwhile.
         self.scheduler.expect_prebuilt(landing.req, landing.pages)
-        problem = self._what_is_wrong(event, landing, found)
-        if problem:
-            self._reject(rid, problem)
-            return
+        landing.checks.append(Check(event.pages, found))
         landing.verified = time.monotonic()
         landing.verify_s = landing.verified - started
-        self.trace.mark(rid, CHECKED, landing.verified)
-        positions = [page.position for page in event.pages]
-        landing.accepted.update(positions)
-        if len(landing.accepted) < landing.travelling:
-            self.agent.accept(rid, positions)  # its writer waits for these slots
-        else:
-            self._to_accept.append((rid, positions))
         self._join_if_whole(rid, landing)
 
     def _on_writer_finished(self, rid: RequestId, first_token: int) -> None:
@@ -377,6 +343,7 @@ class DecodeRole(EngineRole):
         if first_token >= self.scheduler.config.vocab_size:
             # The model would be asked for a row that it does not have, and the engine would end.
             self._reject(rid, f"its first token {first_token} is not of the vocabulary")
+            self._forget_landing(rid)
             return
         landing.first_token = first_token
         self._join_if_whole(rid, landing)
@@ -385,7 +352,6 @@ class DecodeRole(EngineRole):
         self.agent.reject(rid, problem)
         why = f"its KV was refused: {told(TransferFailure.MISMATCH, problem)}"
         self.report_failure(rid, "DATA_LOSS", why, retryable=True, between_workers=True)
-        self._forget_landing(rid)
 
     def _prepare(self, rid: RequestId) -> None:
         """Its last pages are being computed. What its join needs beside them is made now."""
@@ -405,26 +371,38 @@ class DecodeRole(EngineRole):
             own = self.parts.memory.alloc_pages(count - len(landing.prefix))
             landing.pages = landing.prefix + own
 
-    def _what_is_wrong(self, event: PagesLanded, landing: Landing, found: FoundSeals) -> str:
-        """With pages that are being copied out of their slots; empty where nothing is. Waits for
-        the copy: after this the slots go back to their writer."""
-        wrong = [p for p in event.pages if p.chain_hash != landing.chain[p.position]]
-        seals = found.found()
-        if not self.parts.config.verify_kv:
-            return ""
-        if wrong:
-            return f"page {wrong[0].position} is of other tokens"
-        spoilt = first_unsealed(event.pages, seals)
-        return "" if spoilt is None else f"page {spoilt.position} is not what was sealed"
+    def _settle_checks(self, rid: RequestId, landing: Landing) -> bool:
+        """Waits for the copies of what has landed: after this the slots go back to their writer.
+        False: something is not what was sealed, and all sides are told."""
+        began = time.monotonic()
+        positions, problem = landing.take_checks(verify=self.parts.config.verify_kv)
+        self.trace.mark(rid, CHECKED)
+        if problem:
+            self._reject(rid, problem)
+            return False
+        if rid in self._landings:
+            landing.verified = time.monotonic()
+            landing.verify_s += landing.verified - began
+        if len(landing.accepted) < landing.travelling:
+            self.agent.accept(rid, positions)  # its writer waits for these slots
+        else:
+            self._to_accept.append((rid, positions))
+        return True
 
     def _join_if_whole(self, rid: RequestId, landing: Landing) -> None:
-        if landing.first_token is None or len(landing.accepted) < landing.travelling:
+        """What still is being checked is waited for behind the preparation of its first step."""
+        if landing.first_token is None or not landing.whole:
             return
         del self._landings[rid]
         landing.completed = time.monotonic()
         self.trace.mark(rid, JOINED, landing.completed)
         self._joined[rid] = landing
-        self.scheduler.add_prebuilt(landing.req, landing.pages, landing.first_token)
+        self.scheduler.add_prebuilt(
+            landing.req,
+            landing.pages,
+            landing.first_token,
+            kv_check=partial(self._settle_checks, rid, landing) if landing.checks else None,
+        )
 
     def page_owners(self) -> Iterable[tuple[OwnerKind, Sequence[int]]]:
         return [("in_use", landing.pages or landing.prefix) for landing in self._landings.values()]

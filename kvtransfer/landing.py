@@ -77,6 +77,16 @@ class PendingLanding:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class KnownLanding:
+    """`FoundSeals` of what was done at once."""
+
+    known: Seals
+
+    def found(self) -> Seals:
+        return self.known
+
+
 def land_pages(
     window: torch.Tensor, landed: Sequence[LandedPage], writer: WriterPages, target: LandingTarget
 ) -> Seals:

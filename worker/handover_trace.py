@@ -18,9 +18,9 @@ COMPUTED, SEALED, PUSHED = "computed", "sealed", "pushed"
 transfer."""
 # Between the two, of the transfer thread: kvtransfer/trace.py.
 ARRIVED, CHECKED, JOINED, LAUNCHED, DECODED = "arrived", "checked", "joined", "launched", "decoded"
-"""Decode: landed pages are looked at; they are copied out and checked; the request waits for the
-next launch; its first step is prepared and about to be launched; that step's token is here. The
-first two happen more than once a request."""
+"""Decode: landed pages are looked at; they were copied out and are good; the request waits for the
+next launch, and some of its pages for their check; its first step is prepared; that step's token is
+here. The first two happen more than once a request."""
 QUEUED = "queued"
 """Decode: the first step is on its way to the device: with nothing before it there, its first
 kernel starts."""
@@ -56,6 +56,7 @@ def phases_ms(events: dict[str, list[float]]) -> dict[str, float]:
     if not wanted | {QUEUED, DECODED} <= events.keys():
         return {}
     ends = {name: moments[-1] for name, moments in events.items()}
+    ready = max(ends[LAUNCHED], ends[CHECKED])
     steps: Iterable[tuple[str, float, float]] = (
         ("seal", ends[COMPUTED], ends[SEALED]),
         ("push", ends[SEALED], ends[PUSHED]),
@@ -63,11 +64,11 @@ def phases_ms(events: dict[str, list[float]]) -> dict[str, float]:
         ("wire", ends[STARTED], ends[WRITTEN]),
         ("announce", ends[WRITTEN], ends[HEARD]),
         ("look", ends[HEARD], ends[ARRIVED]),
-        ("check", ends[ARRIVED], ends[CHECKED]),
-        ("finish", ends[CHECKED], ends[JOINED]),
+        ("check", ends[ARRIVED], ends[JOINED]),
         ("join", ends[JOINED], ends[LAUNCHED]),
-        ("gap", ends[COMPUTED], ends[LAUNCHED]),
-        ("launch", ends[LAUNCHED], ends[QUEUED]),
-        ("step", ends[LAUNCHED], ends[DECODED]),
+        ("verdict", ends[LAUNCHED], ready),
+        ("gap", ends[COMPUTED], ready),
+        ("launch", ready, ends[QUEUED]),
+        ("step", ready, ends[DECODED]),
     )
     return {name: 1e3 * (end - begin) for name, begin, end in steps}

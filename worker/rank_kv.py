@@ -16,6 +16,7 @@ from kvtransfer.digest import SEAL_BYTES, copy_and_digest
 from kvtransfer.geometry import KvGeometry, RankPlace, WriterPages
 from kvtransfer.landing import (
     FoundSeals,
+    KnownLanding,
     LandingTarget,
     PendingLanding,
     Seals,
@@ -160,9 +161,8 @@ class RankLander:
         kept_tokens: int,
         first_slot: int = 0,
     ) -> FoundSeals:
-        """As `start_landing`, of all ranks together; what it found must be asked for before the
-        next call. `first_slot`: which of the worker's windows it is; the other ranks have
-        theirs."""
+        """As `start_landing`, of all ranks together; waits where there are others. `first_slot`:
+        which of the worker's windows it is; the other ranks have theirs."""
         asked: dict[str, Any] = {
             "first_slot": first_slot,
             "landed": [(page.slot, page.position, page.valid_tokens) for page in landed],
@@ -175,23 +175,14 @@ class RankLander:
         local = self._local.start_landing(
             window, landed, writer, pages=pages, kept_tokens=kept_tokens
         )
-        return _RankLanding(local, self._links) if self._links else local
-
-
-@dataclass(frozen=True, slots=True)
-class _RankLanding:
-    """`FoundSeals` of all ranks."""
-
-    local: PendingLanding
-    links: Sequence[RankLink]
-
-    def found(self) -> Seals:
-        answers = [json.loads(link.answer()) for link in self.links]
+        if not self._links:
+            return local
+        answers = [json.loads(link.answer()) for link in self._links]
         theirs = [
             {int(rank): _split(bytes.fromhex(seals)) for rank, seals in answer.items()}
             for answer in answers
         ]
-        return _agreed([self.local.found(), *theirs])
+        return KnownLanding(_agreed([local.found(), *theirs]))
 
 
 def ask_all(links: Sequence[RankLink], kind: Kind, asked: dict[str, Any]) -> None:

@@ -213,8 +213,9 @@ class BatchMemory:
         """Gives back a member's pages (to the tree, as far as whole) and its row. `returns`: it is
         past its prompt and will be queued again, so its KV may be kept in host memory."""
         retracted = self.memory.retracted
-        if not (returns and retracted is not None and retracted.keep(req)):
-            self.tree_cache.cache_finished_req(req)
+        good = req.kv_is_good()
+        if not (returns and good and retracted is not None and retracted.keep(req)):
+            self.tree_cache.cache_finished_req(req, insert=good)
         if req.req_pool_idx is not None:
             self.req_to_token_pool.free([req.req_pool_idx])
             req.req_pool_idx = None

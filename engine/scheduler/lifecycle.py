@@ -129,7 +129,7 @@ class RequestLifecycle:
         if req.pages:
             # A step that was launched before the request ended wrote KV for a token nobody knows.
             req.kv_committed_len = min(req.kv_committed_len, req.seqlen)
-            self._memory.tree_cache.cache_finished_req(req)
+            self._memory.tree_cache.cache_finished_req(req, insert=req.kv_is_good())
         self._free_row(req)
         req.phase = RequestPhase.ENDED
         self.events.released.append(req.rid)

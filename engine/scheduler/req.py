@@ -1,7 +1,7 @@
 """One request inside the engine: its tokens, the KV it owns, and why it ended."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
 
 from engine.errors import EngineError
@@ -129,6 +129,8 @@ class Req:
         self.kv_ready_len = 0
         """The extend whose result was handled last wrote the KV of positions `kv_ready_from ..
         kv_ready_len - 1`; that of the positions before existed. Decode steps leave both alone."""
+        self._kv_check: Callable[[], bool] | None = None
+        self._kv_spoilt = False
         self.in_flight = 0
         """Launched steps with this request whose results are not handled yet."""
         self.prefix_len = 0
@@ -166,6 +168,18 @@ class Req:
     def fill_ids(self) -> list[int]:
         """All tokens so far: what an extend must have KV for."""
         return self.origin_input_ids + self.output_ids
+
+    def check_kv_by(self, check: Callable[[], bool]) -> None:
+        """Its KV came by transfer and is still being checked: `check` waits for that, once, and
+        says whether it is good. Nobody may use that KV, or lend it, before `kv_is_good`."""
+        self._kv_check = check
+
+    def kv_is_good(self) -> bool:
+        """Whether its KV may be used; waits where it is still being checked."""
+        if self._kv_check is not None:
+            check, self._kv_check = self._kv_check, None
+            self._kv_spoilt = not check()
+        return not self._kv_spoilt
 
     @property
     def grammar_error(self) -> EngineError | None:

@@ -4,7 +4,7 @@ The other half of `Scheduler`, which decides what runs. Nothing here waits for a
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -139,10 +139,19 @@ class SchedulerRequests:
         takes less time then. It costs a row; undone by `unlock_prefix`."""
         self.newcomers.describe(req, pages)
 
-    def add_prebuilt(self, req: Req, pages: Sequence[int], first_token: int) -> None:
+    def add_prebuilt(
+        self,
+        req: Req,
+        pages: Sequence[int],
+        first_token: int,
+        *,
+        kv_check: Callable[[], bool] | None = None,
+    ) -> None:
         """Takes over a request whose prompt's KV (and that of replayed outputs) is in `pages`,
         which belong to the scheduler from now on. `first_token` was drawn and delivered elsewhere;
-        the first output here is the one after it. It joins when its grammar is compiled. Raises
+        the first output here is the one after it. It joins when its grammar is compiled. `kv_check`
+        (see `Req.check_kv_by`): the KV is still being checked; where it turns out spoilt, the
+        request is aborted and its pages are lent to nobody. Raises
         like `add_request`, or `EngineError` for pages that do not fit the length, and then takes
         nothing.
         """
@@ -154,6 +163,8 @@ class SchedulerRequests:
             )
         req.pages = list(pages)
         req.kv_committed_len = req.kv_ready_len = req.seqlen
+        if kv_check is not None:
+            req.check_kv_by(kv_check)
         self._lifecycle.add(req, RequestPhase.PREBUILT)
         self.newcomers.confirm(req, pages)
         self.prebuilt[req] = first_token

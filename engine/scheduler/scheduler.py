@@ -64,6 +64,7 @@ class Scheduler(SchedulerRequests):
         self._in_flight.clock.pass_begins(time.monotonic())
         self.role.poll()
         batch = self.get_next_batch_to_run()
+        self._refuse_spoilt()
         if batch is not None:
             try:
                 self._launch(batch)
@@ -351,6 +352,14 @@ class Scheduler(SchedulerRequests):
             self._lifecycle.finish(req)
         batch.filter_batch()
         self._merge_into_running(batch)
+
+    def _refuse_spoilt(self) -> None:
+        """Waits for the checks of KV that came by transfer, behind all that is prepared for the
+        launch: no kernel reads it before. Whoever has spoilt KV is computed along with the others,
+        since the batch is made; nothing of that is handed out."""
+        for req in self._newly_joined:
+            if not req.kv_is_good():
+                self.abort_request(req.rid)
 
     def _teach_tree(self) -> None:
         """Prompts that came by transfer, once their first step is on its way, which need not wait

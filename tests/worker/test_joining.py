@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from engine.scheduler.req import Req
+from engine.scheduler.schedule_batch import ScheduleBatch
+from kvtransfer.landing import FoundSeals, Seals
 from protos.baton.v1 import worker_pb2
 from tests.engine.scheduler.stub import make_req, undisturbed
 from tests.worker.handover import DECODE, Handover
@@ -138,6 +140,82 @@ def test_a_bit_that_flips_after_the_request_was_described_is_no_token() -> None:
     for _ in range(20):
         handover.step()
     assert not handover.decode.scheduler.newcomers.rows
+    assert not handover.owned()
+
+
+def test_pages_are_checked_while_the_first_step_is_prepared_and_before_it_is_launched() -> None:
+    handover = Handover(behind=True, overlap=True)
+    done: list[str] = []
+    decode = handover.decode
+    lander, runner = decode.role.parts.lander, decode.scheduler.runner
+    start, forward = lander.start, runner.forward
+    prepare = ScheduleBatch.prepare_for_decode
+
+    class Found:
+        def __init__(self, found: FoundSeals) -> None:
+            self._found = found
+
+        def found(self) -> Seals:
+            done.append("checked")
+            return self._found.found()
+
+    def started(*arguments: Any, **named: Any) -> Found:
+        done.append("copying")
+        return Found(start(*arguments, **named))
+
+    def prepared(batch: ScheduleBatch) -> None:
+        done.append("prepared")
+        prepare(batch)
+
+    def computed(batch: Any) -> Any:
+        done.append("launched")
+        return forward(batch)
+
+    lander.start = started
+    runner.forward = computed  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScheduleBatch, "prepare_for_decode", prepared)
+        handover.generate("r", [1, 2, 3])
+        for _ in range(20):
+            handover.step()
+    assert done[:4] == ["copying", "prepared", "checked", "launched"]
+    assert handover.output("r") == undisturbed(make_req("r", [1, 2, 3], max_new_tokens=6))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("behind", [False, True])
+def test_who_runs_never_notices_a_newcomer_whose_pages_are_spoilt(
+    overlap: bool, behind: bool
+) -> None:
+    handover = Handover(behind=behind, overlap=overlap)
+    handover.generate("runs", [1, 2, 3, 4, 5], max_tokens=40)
+    while len(handover.output("runs")) < 3:
+        handover.step()
+    prompt = [6, 7, 8, 9, 10, 11]
+    lander = handover.decode.role.parts.lander
+    start = lander.start
+
+    def spoil(window: Any, *arguments: Any, **named: Any) -> Any:
+        window[:, 3] ^= 4
+        return start(window, *arguments, **named)
+
+    lander.start = spoil
+    handover.generate("spoilt", prompt)
+    while not handover.errors["spoilt"]:
+        handover.step()
+    lander.start = start
+    assert [error.code for _, _, error in handover.errors["spoilt"]] == [
+        worker_pb2.ERROR_CODE_DATA_LOSS
+    ] * len(handover.errors["spoilt"])
+    assert len(handover.output("spoilt")) <= 1, "no token was drawn from spoilt KV"
+    handover.generate("again", prompt)
+    exact = {
+        "runs": undisturbed(make_req("runs", [1, 2, 3, 4, 5], max_new_tokens=40)),
+        "again": undisturbed(make_req("again", prompt, max_new_tokens=6)),
+    }
+    for _ in range(60):
+        handover.step()
+    assert {name: handover.output(name) for name in exact} == exact
     assert not handover.owned()
 
 
