@@ -382,9 +382,8 @@ class Writer:
         ]
         side.marks.take()
         pushed = time.monotonic()
-        side.agent.push(request, sealed)
+        side.agent.push(request, sealed, first_token=1)
         side.marks.add("pushed")
-        side.agent.complete(request, 1)
         released = False
         while not released:
             for event in side.events():

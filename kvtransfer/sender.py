@@ -17,7 +17,7 @@ import torch
 from kvtransfer import messages
 from kvtransfer.early_writes import EarlyLayers
 from kvtransfer.errors import TransportError
-from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent, is_probe
+from kvtransfer.events import KvEvent, SourceReleased, TransferFailedEvent
 from kvtransfer.layout import PageLayout
 from kvtransfer.links import Clock, PeerLinks
 from kvtransfer.outgoing import (
@@ -30,7 +30,8 @@ from kvtransfer.outgoing import (
     beat_s,
     refusal,
 )
-from kvtransfer.pool_sealer import PendingSeals, PoolSealer, Sealer
+from kvtransfer.pool_sealer import PoolSealer, Sealer
+from kvtransfer.source_checks import SourceChecks
 from kvtransfer.states import TransferFailure, TransferState, Trigger, advance
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.trace import STARTED, WRITTEN, Trace, no_trace
@@ -64,16 +65,16 @@ class Sender:
         receives. `sealer`: None where this pool is all of it."""
         self._instance_id = instance_id
         self._write_pages = max(1, min(MAX_WRITE_PAGES, WRITE_BYTES // layout.page_bytes))
+        self._last_pages = max(1, self._write_pages // 4)
         self._layout = layout
         self._pool = pool
         self._links = links
         self._emit = emit
         self._clock = clock
-        self._verify = verify
         self._trace = trace
         if sealer is None and pool is not None:
             sealer = PoolSealer(pool, layout)
-        self._sealer = sealer
+        self._checks = SourceChecks(sealer, verify=verify)
         self._by_request: dict[str, Outgoing] = {}
         self._by_key: dict[TicketKey, Outgoing] = {}
         self._writes: dict[WriteKey, Write] = {}
@@ -337,14 +338,19 @@ class Sender:
 
     def _pump(self, out: Outgoing) -> None:
         all_layers = self._layout.layers
+        begun: list[WriteKey | None] = []
         while out.state != TransferState.FAILED:
-            pages, landed = out.next_pages(at_most=self._write_pages, all_layers=all_layers)
+            pages, landed = out.next_pages(
+                at_most=self._write_pages, all_layers=all_layers, least=self._last_pages
+            )
             if not pages:
                 break
             if landed == all_layers:
                 self._announce(out, pages)
             else:
-                self._write(out, pages, landed)
+                begun.append(self._write(out, pages, landed))
+        # The wire is at work meanwhile.
+        self._writes.update(self._checks.beside((k, self._writes[k]) for k in begun if k))
         if out.finished and not out.complete_sent and out.state != TransferState.FAILED:
             out.complete_sent = True
             self._send_complete(out)
@@ -367,22 +373,19 @@ class Sender:
         out.pages_written += len(pages)
         self.bytes_sent += len(pages) * self._layout.page_bytes
 
-    def _write(self, out: Outgoing, pages: list[SourcePage], landed: int) -> None:
-        """`landed`: leading layers that are there already."""
+    def _write(self, out: Outgoing, pages: list[SourcePage], landed: int) -> WriteKey | None:
+        """`landed`: leading layers that are there already. None: the transfer has failed."""
         slots = out.slots_for(pages)
         part = (landed * 2 * self._layout.row_bytes, self._layout.page_bytes) if landed else None
         message = messages.written(out.ticket, pages, slots, so_far=out.pages_written)
         transport = self._links.get(out.ticket.instance_id)
         if transport is None:
             self._fail(out, TransferFailure.TRANSPORT, "decode instance is not connected")
-            return
-        sealer = self._sealer if self._verify and not is_probe(out.ticket.request_id) else None
-        check = None
-        if sealer is not None and not sealer.queues:
-            check = _start_check(sealer, pages)
-            if spoilt := Write(out, pages, check=check).spoilt():
-                self._fail(out, TransferFailure.MISMATCH, spoilt)
-                return
+            return None
+        write = self._checks.of_write(out, pages)
+        if write.checked and (spoilt := write.spoilt()):
+            self._fail(out, TransferFailure.MISMATCH, spoilt)
+            return None
         copies = [(page.page, slot) for page, slot in zip(pages, slots, strict=True)]
         try:
             write_id = transport.write(
@@ -390,12 +393,12 @@ class Sender:
             )
         except TransportError as error:
             self._fail(out, TransferFailure.TRANSPORT, error.message)
-            return
+            return None
         out.take(pages)
         self._trace(out.ticket.request_id, STARTED)
-        if sealer is not None and sealer.queues:
-            check = _start_check(sealer, pages)  # the wire is at work meanwhile
-        self._add_write((transport.name, write_id), Write(out, pages, check=check))
+        key = transport.name, write_id
+        self._add_write(key, write)
+        return key
 
     def _fail(self, out: Outgoing, failure: TransferFailure, detail: str) -> None:
         state = advance(out.state, Trigger.FAILURE)
@@ -449,7 +452,3 @@ class Sender:
             del self._by_key[out.key]
             failed = out.state == TransferState.FAILED
             self._tombstones.bury(out.key, (out.failure, out.detail) if failed else None)
-
-
-def _start_check(sealer: Sealer, pages: Sequence[SourcePage]) -> PendingSeals:
-    return sealer.start([page.page for page in pages], [page.valid_tokens for page in pages])

@@ -1,13 +1,16 @@
 """Digests of source pages that become known after their write has ended, as on a GPU."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from kvtransfer.events import PagesLanded, SourceReleased, TransferFailedEvent, WriterFinished
+from kvtransfer.outgoing import Outgoing
 from kvtransfer.pool_sealer import PendingSeals, PoolSealer
 from kvtransfer.states import TransferFailure
+from kvtransfer.ticket import SourcePage, Ticket
 from tests.kvtransfer.pair import LAYOUT, Pair
 
 
@@ -137,3 +140,64 @@ def test_without_verification_nothing_is_digested() -> None:
     pair.run()
     assert not sealer.asked
     assert any(isinstance(event, SourceReleased) for event in pair.prefill_events)
+
+
+def test_writes_that_begin_together_are_digested_by_one_launch_and_compared_each(
+    late: tuple[Pair, LateSealer],
+) -> None:
+    pair, sealer = late
+    pair.decode._receiver._max_slots = 5
+    pair.prefill.thread.sender._write_pages = 2
+    pages = [3, 5, 6, 7, 9]
+    pair.hand_over("r", 19, pages)
+    pair.step()
+    assert len(sealer.asked) == 1
+    sealer.tell()
+    pair.run()
+    assert pair.completed("r")
+    assert pair.identical("r", 19, pages)
+
+
+def test_a_page_that_changed_in_the_last_of_several_writes_is_caught(
+    late: tuple[Pair, LateSealer],
+) -> None:
+    pair, sealer = late
+    pair.prefill.thread.sender._write_pages = 2
+    pair.prefill.open(pair.grant("r", 19))
+    sealed = pair.sealed([3, 5, 6, 7, 9], 19)
+    pair.source[9, 0] ^= 1
+    pair.prefill.push("r", sealed, first_token=7)
+    pair.run(2)
+    sealer.tell()
+    pair.run()
+    assert not pair.completed("r")
+    assert failures(pair.prefill_events)[-1].failure is TransferFailure.MISMATCH
+
+
+@pytest.mark.parametrize(
+    ("pages", "sizes"),
+    [
+        (3, [3]),
+        (4, [4]),
+        (7, [4, 3]),
+        (16, [8, 4, 4]),
+        (32, [16, 8, 4, 4]),
+        (40, [16, 12, 6, 4, 2]),
+    ],
+)
+def test_the_last_pages_leave_in_halves_so_that_the_last_check_is_short(
+    pages: int, sizes: list[int]
+) -> None:
+    ticket = Ticket(
+        ticket_id=1, instance_id="d", epoch=1, request_id="r", writer_instance="p",
+        slots=tuple(range(pages)), lease_s=1, decode_prefix_len=0, total_tokens=pages,
+        token_hash=b"", transport="fake",
+    )  # fmt: skip
+    out = Outgoing(ticket, 0, 0, 0, credits=deque(ticket.slots))
+    out.pending.extend(SourcePage(page, page, 1, b"") for page in range(pages))
+    out.first_token = 7
+    left = []
+    while taken := out.next_pages(at_most=16, all_layers=2, least=4)[0]:
+        out.take(taken)
+        left.append(len(taken))
+    assert left == sizes
