@@ -55,6 +55,10 @@ _QUIET_S = 0.02
 """How long nothing must have happened before an idle engine counts its pages: the milliseconds that
 this takes must not fall on a handover whose last pages are just leaving."""
 
+_EXPECTING_S = 0.5
+"""The same while requests are here that others work on: what they wait for (a prompt's KV, 20 ms
+after its ticket) must not meet the count either."""
+
 EXIT_FRONT_GONE = 3
 
 RoleFactory = Callable[[EngineParts], EngineRole]
@@ -150,6 +154,10 @@ def _listen(channel: EngineChannel, role: EngineRole) -> bool:
     return True
 
 
+def _quiet_s(role: EngineRole) -> float:
+    return _QUIET_S if role.is_idle() else _EXPECTING_S
+
+
 def run_loop(parts: EngineParts, role: EngineRole) -> None:
     """Messages, then one scheduler pass, then answers; sleeps when there is nothing to do.
 
@@ -174,7 +182,7 @@ def run_loop(parts: EngineParts, role: EngineRole) -> None:
             counted = False
             quiet_since = time.monotonic()
             role.send_status_if_due()
-        elif not counted and time.monotonic() - quiet_since >= _QUIET_S:
+        elif not counted and time.monotonic() - quiet_since >= _quiet_s(role):
             # A page or row that is not accounted for ends the process here, not a request later.
             scheduler.check_invariant()
             role.send_status()

@@ -4,6 +4,7 @@ The scheduler and the runner meet only here: the scheduler never sees logits, th
 sees a request.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -115,6 +116,8 @@ class ForwardBatch:
     sampling: SamplingBatch
     prompt_targets: PromptTargets | None = None
     """None: nobody wants log probabilities of the prompt, or all were reported."""
+    pages: Sequence[Sequence[int]] | None = None
+    """[b]; each request's pages, on the host: what `req_to_token` says, too. None: only that."""
 
 
 @dataclass(frozen=True, slots=True)

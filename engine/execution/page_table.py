@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.errors import EngineError
 from engine.execution.forward_batch import ForwardBatch
 
 
@@ -49,14 +51,41 @@ class TableBuffers:
         self.last_page_len = torch.zeros(rows, dtype=torch.int32, device=device)
 
 
+MOST_HOST_PAGES = 8192
+"""Up to so many pages the host writes down their numbers, 20 ns each; beyond, the device gathers
+them, which takes five launches whatever their number."""
+
+
 def page_table(batch: ForwardBatch, page_size: int) -> PageTable:
-    """The batch's page table. Lengths come from the host, page numbers from the device's
-    request-to-token table, so that nothing waits."""
-    device = batch.req_to_token.device
+    """The batch's page table. Lengths come from the host, and page numbers, where they are not too
+    many; else these come from the device's request-to-token table, so that nothing waits."""
     lengths = np.array(batch.seq_lens_cpu, dtype=np.int64)
     counts = -(-lengths // page_size)
     indptr = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=indptr[1:])
+    device = batch.req_to_token.device
+    if batch.pages is not None and indptr[-1] <= MOST_HOST_PAGES:
+        own = zip(batch.pages, counts.tolist(), strict=True)
+        numbers = list(chain.from_iterable(pages[:count] for pages, count in own))
+        indices = host_int32(numbers).to(device, non_blocking=True)
+        if len(numbers) != indptr[-1]:
+            raise EngineError(f"{len(numbers)} pages for requests of {batch.seq_lens_cpu} tokens")
+    else:
+        indices = _gathered(batch, page_size, counts, indptr)
+    return PageTable(
+        indptr=host_int32(indptr),
+        indices=indices,
+        last_page_len=host_int32((lengths - 1) % page_size + 1),
+    )
+
+
+def _gathered(
+    batch: ForwardBatch,
+    page_size: int,
+    counts: npt.NDArray[np.int64],
+    indptr: npt.NDArray[np.int64],
+) -> torch.Tensor:
+    device = batch.req_to_token.device
     pages = np.arange(indptr[-1])
     # Of each page: whose it is, and its first token there.
     places = torch.empty((2, len(pages)), dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -66,11 +95,7 @@ def page_table(batch: ForwardBatch, page_size: int) -> PageTable:
     owners, first_tokens = places.to(device, non_blocking=True)
     rows = batch.req_pool_indices.index_select(0, owners)
     slots = batch.req_to_token[rows, first_tokens]
-    return PageTable(
-        indptr=host_int32(indptr),
-        indices=torch.div(slots, page_size, rounding_mode="floor").to(torch.int32),
-        last_page_len=host_int32((lengths - 1) % page_size + 1),
-    )
+    return torch.div(slots, page_size, rounding_mode="floor").to(torch.int32)
 
 
 def host_int32(values: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:

@@ -95,5 +95,6 @@ def cut(batch: ForwardBatch, limit: int) -> Iterator[ForwardBatch]:
             extend_prefix_lens=prefixes,
             extend_lens=lengths,
             prompt_targets=None,
+            pages=None if batch.pages is None else [batch.pages[row] for row in rows],
         )
         start = end

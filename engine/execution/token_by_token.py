@@ -78,6 +78,7 @@ def single_token_steps(batch: ForwardBatch) -> Iterator[ForwardBatch]:
                 extend_prefix_lens=[position],
                 extend_lens=[1],
                 prompt_targets=None,
+                pages=None,
             )
             index += 1
 

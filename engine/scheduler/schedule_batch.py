@@ -227,6 +227,7 @@ class ScheduleBatch(BatchMemory, ScheduleBatchDisaggregationDecodeMixin):
             # The token drawn follows all those with KV, so its position is their number.
             sampling=self.sampling.at(self.seq_lens, tokens_known),
             prompt_targets=self.prompt_targets,
+            pages=[req.pages for req in self.reqs],
         )
 
     # ---- members

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -66,10 +67,14 @@ def test_decode_rows_of_similar_length_share_a_call(runner: MakeRunner) -> None:
     assert members == [[0, 2], [4, 5], [1, 3]]
 
 
-def test_a_page_table_lists_each_requests_pages_in_order(runner: MakeRunner) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_a_page_table_lists_each_requests_pages_in_order(runner: MakeRunner, known: bool) -> None:
     harness = Harness(runner("llama-gqa").kv_pool)
     rows = [harness.row(random_prompt(length, seed=1)) for length in (PAGE_SIZE, 40, 1)]
-    table = page_table(harness.extend(*((row, len(row.tokens)) for row in rows)), PAGE_SIZE)
+    batch = harness.extend(*((row, len(row.tokens)) for row in rows))
+    if known:  # with pages to come, which this step does not reach
+        batch = replace(batch, pages=[[*row.pages, 99] for row in rows])
+    table = page_table(batch, PAGE_SIZE)
     assert table.indptr.tolist() == [0, 1, 4, 5]
     assert table.last_page_len.tolist() == [PAGE_SIZE, 40 - 2 * PAGE_SIZE, 1]
     assert table.indices.tolist() == [page for row in rows for page in row.pages]

@@ -118,7 +118,11 @@ class AsyncRunner:
             placeholders = -torch.arange(self._draws + 1, self._draws + draws + 1)
             self._draws += draws
             shown = ForwardResult(placeholders, None)
-            as_launched = replace(batch, req_to_token=batch.req_to_token.clone())
+            as_launched = replace(
+                batch,
+                req_to_token=batch.req_to_token.clone(),
+                pages=None if batch.pages is None else [list(pages) for pages in batch.pages],
+            )
             run = self._later(step, as_launched, self._steps)
         else:
             shown = step(batch)

@@ -70,6 +70,7 @@ class StubRunner:
         self.forwards: list[tuple[ForwardMode, list[int]]] = []
         self.parts: list[tuple[int, int]] = []
         self.split: Split | None = None
+        self._page_size = memory.allocator.page_size
 
     def forward(self, batch: ForwardBatch) -> ForwardResult:
         b = len(batch.seq_lens_cpu)
@@ -92,8 +93,11 @@ class StubRunner:
         histories: list[list[int]] = []
         rows = batch.req_pool_indices.tolist()
         assert len(set(rows)) == b
-        for row, length in zip(rows, batch.seq_lens_cpu, strict=True):
+        assert batch.pages is not None
+        for row, length, pages in zip(rows, batch.seq_lens_cpu, batch.pages, strict=True):
             where = batch.req_to_token[row, :length].long()
+            in_pages = (where // self._page_size)[:: self._page_size].tolist()
+            assert list(pages[: len(in_pages)]) == in_pages
             assert self.kv_position[where].tolist() == list(range(length))
             histories.append(self.kv_token[where].tolist())
         self.forwards.append((batch.forward_mode, list(batch.extend_lens)))
