@@ -73,11 +73,11 @@ class Server:
         *,
         window: SlotMemory | None,
         fingerprint: str = "f",
+        offers: kv_pb2.ConnectInfo | None = None,
         timing: SessionTiming = TIMING,
     ) -> None:
-        self.servicer = KvServicer(
-            info=lambda: info("d", fingerprint), handler=front, window=window, timing=timing
-        )
+        mine = offers or info("d", fingerprint)
+        self.servicer = KvServicer(info=lambda: mine, handler=front, window=window, timing=timing)
         self.server = grpc.aio.server()
         kv_pb2_grpc.add_KvServicer_to_server(self.servicer, self.server)  # type: ignore[no-untyped-call]
         self.port = self.server.add_insecure_port("127.0.0.1:0")

@@ -94,6 +94,13 @@ def test_states_only_move_up_and_failed_absorbs() -> None:
         assert advance(TransferState.COMPLETE, trigger) is None
 
 
+@pytest.mark.parametrize("state", [TransferState.RESERVED, TransferState.RECEIVING])
+def test_a_transfer_advances_and_never_goes_back(state: TransferState) -> None:
+    assert advance(state, Trigger.PAGES) is TransferState.RECEIVING
+    assert advance(state, Trigger.ALL_ACCEPTED) is TransferState.COMPLETE
+    assert advance(state, Trigger.FAILURE) is TransferState.FAILED
+
+
 def test_every_failure_on_the_wire_has_a_name_and_a_code() -> None:
     for name, value in kv_pb2.TransferFailure.items():
         if value:

@@ -153,6 +153,27 @@ async def session(
         await server.stop()
 
 
+async def test_a_transport_that_the_engine_cannot_attach_gives_way_to_the_next() -> None:
+    """Of two in one PID namespace, cuda_ipc say, when a window cannot be mapped."""
+    mine, theirs = Front(), Front()
+    server = Server(theirs, window=None, offers=beside("d"))
+    await server.server.start()
+    client = KvSessionClient(
+        address=server.address,
+        info=beside("p"),
+        handler=mine,
+        timing=TIMING,
+    )
+    task = asyncio.create_task(client.run())
+    await until(lambda: mine.connected == [("d", "cuda_ipc")])
+    client.retry_without("cuda_ipc", "its window cannot be mapped")
+    await until(lambda: mine.connected[1:] == [("d", "grpc")])
+    await until(lambda: theirs.connected == [("p", "cuda_ipc"), ("p", "grpc")])
+    client.close()
+    await task
+    await server.stop()
+
+
 async def test_another_fingerprint_is_refused_by_name() -> None:
     async with session(fingerprint="other") as (_, mine, _, theirs, refusals):
         await until(lambda: bool(refusals))
@@ -278,6 +299,13 @@ def offers(*names: str, instance: str = "d") -> kv_pb2.ConnectInfo:
     return connect_info(
         instance_id=instance, fingerprint="f", offers=[(name, b"") for name in names]
     )
+
+
+def beside(instance: str) -> kv_pb2.ConnectInfo:
+    """Of a GPU, in the PID namespace of all others."""
+    found = offers("cuda_ipc", "grpc", instance=instance)
+    found.pid_namespace = "boot/1"
+    return found
 
 
 def test_the_best_common_transport_is_chosen() -> None:
