@@ -291,20 +291,24 @@ def test_the_host_sends_layers_on_when_it_sees_that_the_device_has_them() -> Non
 
 
 def test_pages_that_are_whole_before_the_host_has_looked_leave_once() -> None:
+    """With credit to spare, which the look would spend on them again."""
     pair = make(slots=16, writes_behind=False)
-    pages = [3, 9, 4]
-    marks = launch(pair, 11, pages)
+    pages, mark = [3, 9, 4, 8], Mark()
+    event: Any = mark
+    pair.prefill.open(pair.grant("r", 16))
+    pair.prefill.push_behind("r", list(enumerate(pages[:2])), FIRST_LAYER, event)
     pair.step()
-    for mark in marks:
-        mark.passed = True
-    compute_last_layer(pair, pages)
-    started = pair.network.started[PREFILL]
-    announce(pair, 11, pages)
-    pair.run(20)
-    assert pair.network.started[PREFILL] == started + 2, "one write, and the end"
+    mark.passed = True
+    sealed = pair.sealed(pages, 16)
+    pair.prefill.push("r", sealed[:2])
+    pair.run(5)
     assert pair.prefill.stats().early_layers_sent == 0
+    assert not pair.prefill.thread.sender.early.awaiting
+    pair.prefill.push("r", sealed[2:])
+    pair.prefill.complete("r", 7)
+    pair.run(20)
     assert pair.completed("r")
-    assert pair.identical("r", 11, pages)
+    assert pair.identical("r", 16, pages)
     assert nothing_is_left(pair)
 
 
