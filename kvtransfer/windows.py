@@ -189,6 +189,8 @@ class LandingWindows:
             }
         except (RuntimeError, TransportError) as error:  # torch's out-of-memory is the former
             logger.error("no further landing window: %s", error)
+            # Not tried again: what was taken for it cannot be given back while it may be mapped.
+            self._make_memory = None
             return None
         window = _Window(LandingWindow(memory, first_slot=first_slot), offers)
         with self._lock:

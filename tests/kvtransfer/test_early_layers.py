@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.fake_transport import Fault, FaultKind
 from kvtransfer.states import TransferFailure
+from kvtransfer.transfer_thread import MIN_POLL_S
 from tests.kvtransfer.pair import LAYOUT, PREFILL, Pair
 
 FIRST_LAYER = range(1)
@@ -310,6 +311,19 @@ def test_pages_that_are_whole_before_the_host_has_looked_leave_once() -> None:
     assert pair.completed("r")
     assert pair.identical("r", 16, pages)
     assert nothing_is_left(pair)
+
+
+def test_the_transfer_thread_looks_often_while_layers_are_awaited_and_not_otherwise() -> None:
+    pair = make(slots=16, writes_behind=False)
+    pair.network.members[PREFILL].polled = False  # as gRPC: nothing else asks it to look
+    pair.prefill.open(pair.grant("r", 8))
+    pair.step()
+    thread = pair.prefill.thread
+    assert thread._pause(MIN_POLL_S) > MIN_POLL_S
+    event: Any = Mark()
+    pair.prefill.push_behind("r", [(0, 3), (1, 4)], FIRST_LAYER, event)
+    pair.step()
+    assert thread._pause(MIN_POLL_S) == MIN_POLL_S
 
 
 def test_the_next_chunks_layers_are_awaited_while_the_chunk_before_leaves() -> None:

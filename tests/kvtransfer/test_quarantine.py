@@ -1,8 +1,9 @@
 """What a silent writer may keep, and what becomes of the landing window then."""
 
 import pytest
+import torch
 
-from kvtransfer.errors import NoSlotsError, SilentWriterError
+from kvtransfer.errors import NoSlotsError, SilentWriterError, TransportError
 from kvtransfer.events import PagesLanded
 from kvtransfer.fake_transport import Fault, FaultKind
 from kvtransfer.states import TransferFailure
@@ -143,6 +144,26 @@ def test_where_every_window_is_kept_requests_wait_or_are_refused() -> None:
     pair.decode.peer_connected("prefill-2", "fake", b"prefill-2")
     with pytest.raises((SilentWriterError, NoSlotsError)):
         pair.grant("next", 4)
+
+
+def test_a_window_that_cannot_be_opened_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without room, say: another try would take the other ranks' memory once more."""
+    pair = make()
+    tried: list[int] = []
+
+    def open_landing(first_slot: int, memory: torch.Tensor) -> bytes:
+        tried.append(first_slot)
+        raise TransportError("rank 1 has no room")
+
+    monkeypatch.setattr(pair.network.members[DECODE], "open_landing", open_landing)
+    fall_silent(pair, tickets=3)
+    decode_alone(pair, 5)
+    assert tried == [SLOTS]
+    assert pair.decode.stats().window_replacements == 0
+    pair.run(20)
+    pair.hand_over("next", 4, [1])
+    pair.run(10)
+    assert pair.completed("next")
 
 
 # ---- heartbeats ------------------------------------------------------------------------------
