@@ -35,7 +35,7 @@ from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow
-from protos.baton.v1 import kv_pb2, kv_pb2_grpc
+from protos.baton.v1 import kv_pb2
 from worker.engine_process import let_threads_alternate
 from worker.rank_model import MAX_WINDOW_TOKENS
 
@@ -274,7 +274,7 @@ class Reader:
 
             async def start() -> tuple[grpc.aio.Server, int]:
                 server = grpc.aio.server()
-                kv_pb2_grpc.add_KvServicer_to_server(servicer, server)
+                servicer.add_to(server)
                 bound = server.add_insecure_port("127.0.0.1:0")
                 await server.start()
                 return server, bound

@@ -6,7 +6,7 @@ import grpc
 
 from kvtransfer.grpc_session import KvServicer
 from kvtransfer.grpc_stream import SlotMemory
-from protos.baton.v1 import channel_pb2, inference_pb2, kv_pb2_grpc, worker_pb2
+from protos.baton.v1 import channel_pb2, inference_pb2, worker_pb2
 from worker.front import WorkerFront
 from worker.kv_front import KvFront, write_order
 
@@ -31,7 +31,7 @@ class DecodeFront:
             window=window,
             refused=lambda error: front.refusals.peer(error.cause),
         )
-        kv_pb2_grpc.add_KvServicer_to_server(self._servicer, server)
+        self._servicer.add_to(server)
         return [SERVICE_NAME]
 
     def on_peers(self, peers: worker_pb2.PeerUpdate) -> None:

@@ -14,8 +14,14 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 
 from kvtransfer.grpc_stream import KvSession, SessionHandler, SessionTiming, SlotMemory
+from kvtransfer.kv_frames import (
+    Frame,
+    add_session_to_server,
+    session_call,
+    without_data,
+)
 from kvtransfer.orders import WriteOrder
-from protos.baton.v1 import kv_pb2, kv_pb2_grpc
+from protos.baton.v1 import kv_pb2
 from protos.fingerprint import difference
 from protos.tls import PLAIN, TlsSettings, open_channel
 from protos.version import PROTOCOL_VERSION
@@ -23,8 +29,8 @@ from protos.version import PROTOCOL_VERSION
 logger = logging.getLogger(__name__)
 
 _EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]
-_Read = Callable[[], Awaitable[kv_pb2.KvFrame | None]]
-_Write = Callable[[kv_pb2.KvFrame], Awaitable[None]]
+_Read = Callable[[], Awaitable[Frame | None]]
+_Write = Callable[[Frame], Awaitable[None]]
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.enable_http_proxy", 0),
@@ -160,9 +166,9 @@ class KvSessionClient:
             logger.error("no KV session to %s: %s", self.address, error)
             return False
         async with channel:
-            call = kv_pb2_grpc.KvStub(channel).Session()
+            call = session_call(channel)
 
-            async def read() -> kv_pb2.KvFrame | None:
+            async def read() -> Frame | None:
                 frame = await call.read()
                 return None if frame is _EOF else frame
 
@@ -197,9 +203,10 @@ class KvSessionClient:
     async def _handshake(self, read: _Read, write: _Write) -> KvSession:
         """Raises PeerRefused, by name, where the two do not fit."""
         await write(kv_pb2.KvFrame(hello=self._info))
-        frame = await read()
-        if frame is None:
+        first = await read()
+        if first is None:
             raise ConnectionError("stream ended before hello")
+        frame = without_data(first)
         kind = frame.WhichOneof("kind")
         if kind == "refused":
             raise PeerRefused("by_peer", frame.refused.reason)
@@ -228,7 +235,7 @@ class KvSessionClient:
         return session
 
 
-class KvServicer(kv_pb2_grpc.KvServicer):
+class KvServicer:
     """Decode's end: any number of prefill peers."""
 
     def __init__(
@@ -249,6 +256,10 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         self._window = window
         self._timing = timing if timing is not None else SessionTiming()
         self._sessions: dict[str, KvSession] = {}
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Before the server starts."""
+        add_session_to_server(self.Session, server)
 
     def set_window(self, window: SlotMemory) -> None:
         """The engine's landing window, once it exists."""
@@ -283,11 +294,11 @@ class KvServicer(kv_pb2_grpc.KvServicer):
     async def Session(  # noqa: N802
         self,
         request_iterator: object,
-        context: "grpc.aio.ServicerContext[kv_pb2.KvFrame, kv_pb2.KvFrame]",
+        context: "grpc.aio.ServicerContext[Frame, Frame]",
     ) -> None:
         """One session, from hello to its end."""
 
-        async def read() -> kv_pb2.KvFrame | None:
+        async def read() -> Frame | None:
             frame = await context.read()
             return None if frame is _EOF else frame
 
@@ -318,7 +329,7 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         self, read: _Read, write: _Write
     ) -> tuple[KvSession, kv_pb2.ConnectInfo, str] | None:
         hello = await read()
-        if hello is None or hello.WhichOneof("kind") != "hello":
+        if not isinstance(hello, kv_pb2.KvFrame) or hello.WhichOneof("kind") != "hello":
             return None
         theirs, mine = hello.hello, self._info()
         try:
@@ -331,7 +342,7 @@ class KvServicer(kv_pb2_grpc.KvServicer):
             return None
         await write(kv_pb2.KvFrame(hello=mine))
         answer = await read()
-        if answer is None or answer.WhichOneof("kind") != "chosen":
+        if not isinstance(answer, kv_pb2.KvFrame) or answer.WhichOneof("kind") != "chosen":
             return None
         if answer.chosen.name not in [offer.name for offer in mine.transports]:
             return None

@@ -9,6 +9,7 @@ compares its own, hears of the pages no later for it. Pages that left while they
 (kvtransfer/early_writes.py) were sealed just there, and are not digested again.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -41,8 +42,11 @@ from protos.baton.v1 import kv_pb2
 MAX_WRITE_PAGES = 64
 WRITE_BYTES = 128 << 20
 """Most pages of a write, and about as many bytes: 0.35 ms between two H200s. A write costs both
-hosts a few tenths of a millisecond beside that, and only the last one's check is waited for, so
-larger ones would put it off and smaller ones keep the threads from keeping up."""
+hosts a few tenths of a millisecond beside that, and only the last one's check is waited for."""
+
+HOST_WRITE_BYTES, HOST_WRITES = 8 << 20, 3
+"""The same for host memory, and most writes under way where their pages are digested right here:
+what has just been digested is copied from the cache, and decode copies out meanwhile."""
 
 
 class Sender:
@@ -64,7 +68,8 @@ class Sender:
         """`pool`: [pages, page_bytes] uint8, the source of every page; None where the worker only
         receives. `sealer`: None where this pool is all of it."""
         self._instance_id = instance_id
-        self._write_pages = max(1, min(MAX_WRITE_PAGES, WRITE_BYTES // layout.page_bytes))
+        size = WRITE_BYTES if pool is None or pool.is_cuda else HOST_WRITE_BYTES
+        self._write_pages = max(1, min(MAX_WRITE_PAGES, size // layout.page_bytes))
         self._last_pages = max(1, self._write_pages // 4)
         self._layout = layout
         self._pool = pool
@@ -339,7 +344,8 @@ class Sender:
     def _pump(self, out: Outgoing) -> None:
         all_layers = self._layout.layers
         begun: list[WriteKey | None] = []
-        while out.state != TransferState.FAILED:
+        most = HOST_WRITES if self._checks.at_once else math.inf
+        while out.state != TransferState.FAILED and len(out.writes) < most:
             pages, landed = out.next_pages(
                 at_most=self._write_pages, all_layers=all_layers, least=self._last_pages
             )

@@ -50,6 +50,11 @@ class SourceChecks:
     def __init__(self, sealer: Sealer | None, *, verify: bool) -> None:
         self._sealer = sealer if verify else None
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the thread that begins a write digests its pages itself."""
+        return self._sealer is not None and not self._sealer.queues
+
     def of_write(self, out: Outgoing, pages: Sequence[SourcePage]) -> Write:
         """A write that is about to begin: its pages are compared now, where no device does it."""
         sealer = self._sealer

@@ -17,7 +17,7 @@ from kvtransfer.orders import WriteOrder
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.ticket import SourcePage, Ticket
 from kvtransfer.window import LandingWindow
-from protos.baton.v1 import kv_pb2, kv_pb2_grpc
+from protos.baton.v1 import kv_pb2
 
 LAYOUT = PageLayout(layers=10, page_size=16, kv_heads=2, head_dim=64, itemsize=4)
 """Pages of 160 KiB."""
@@ -79,7 +79,7 @@ class Server:
         mine = offers or info("d", fingerprint)
         self.servicer = KvServicer(info=lambda: mine, handler=front, window=window, timing=timing)
         self.server = grpc.aio.server()
-        kv_pb2_grpc.add_KvServicer_to_server(self.servicer, self.server)  # type: ignore[no-untyped-call]
+        self.servicer.add_to(self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
     @property

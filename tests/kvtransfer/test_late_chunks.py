@@ -30,7 +30,7 @@ OTHERS = b"\xaa"
 class StoppingMemory(SlotMemory):
     """Stops its process when the chunk in the middle is read."""
 
-    def read(self, slot: int, offset: int, size: int) -> bytes:
+    def read(self, slot: int, offset: int, size: int) -> memoryview:
         if offset == CHUNKS // 2 * CHUNK_BYTES:
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().read(slot, offset, size)

@@ -16,7 +16,7 @@ import pytest
 from kvtransfer.grpc_session import KvServicer, KvSessionClient, PeerRefused, connect_info
 from observability.sheet import Sheet
 from protos import door_watch
-from protos.baton.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.tls import ServerFiles, TlsSettings, open_channel
 from protos.version import PROTOCOL_VERSION
 from tests.baton.certificates import Authority, Pair
@@ -88,7 +88,7 @@ async def served(
         handler=fronts.Front(),
         refused=lambda error: refusals.peer(error.cause),
     )
-    kv_pb2_grpc.add_KvServicer_to_server(servicer, door.grpc)
+    servicer.add_to(door.grpc)
     address = door.bind()
     refusals.door = door.watch
     await door.grpc.start()
