@@ -12,6 +12,7 @@ per-layer pools make them, and NIXL's best single block.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import statistics
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,9 @@ def timed(work: Callable[[], None], device: torch.device, rounds: int) -> list[f
 
 
 def plain_copies(source: torch.Tensor, device: torch.device, rounds: int) -> list[Row]:
-    """torch's copy, as fast as it goes: between two GPUs the copy engines'."""
-    target = torch.empty_like(source, device=device)
+    """torch's copy, as fast as it goes: between two GPUs the copy engines'. On a CPU also the C
+    library's, which large copies take past the caches."""
+    target = random_memory(source.numel(), device)
     rows = []
     for tokens in TOKENS:
         size = tokens * MEMORY.token_bytes
@@ -123,6 +126,9 @@ def plain_copies(source: torch.Tensor, device: torch.device, rounds: int) -> lis
             synchronize(source.device)
 
         rows.append(row("plain copy", 0, tokens, size, timed(copy, device, rounds)))
+        if device.type == "cpu":
+            move = partial(ctypes.memmove, into.data_ptr(), flat.data_ptr(), size)
+            rows.append(row("libc memcpy", 0, tokens, size, timed(move, device, rounds)))
     return rows
 
 
@@ -187,11 +193,19 @@ def aims(rows: list[Row], *, on_gpu: bool) -> list[str]:
             if on_gpu and block and rate("nixl", tokens, page):
                 share = 100 * rate("nixl", tokens, page) / block
                 lines.append(f"nixl, {tokens} tokens, page {page}: {share:.0f} % of one block (95)")
-            if not on_gpu and rate("nixl plain", tokens, page):
-                share = 100 * rate("nixl plain", tokens, page) / copy
-                lines.append(
-                    f"nixl plain, {tokens} tokens, page {page}: {share:.0f} % of memcpy (75)"
-                )
+            libc = rate("libc memcpy", tokens)
+            for name, aim in (
+                ("nixl plain", " (75)"),
+                ("nixl", ""),
+                ("grpc plain", ""),
+                ("grpc", ""),
+            ):
+                if not on_gpu and rate(name, tokens, page):
+                    share, of_libc = (100 * rate(name, tokens, page) / r for r in (copy, libc))
+                    lines.append(
+                        f"{name}, {tokens} tokens, page {page}: {share:.0f} % of a copy{aim}, "
+                        f"{of_libc:.0f} % of libc's"
+                    )
     return lines
 
 

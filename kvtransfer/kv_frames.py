@@ -112,10 +112,12 @@ def _read_varint(wire: bytes, place: int) -> tuple[int, int]:
 
 def session_call(channel: grpc.aio.Channel) -> Any:
     """`KvStub.Session` with these frames."""
-    method = f"/{_SERVICE.full_name}/{_METHOD}"
-    return channel.stream_stream(
-        method, request_serializer=to_wire, response_deserializer=from_wire
-    )()
+    call: Any = channel.stream_stream(
+        f"/{_SERVICE.full_name}/{_METHOD}",
+        request_serializer=to_wire,
+        response_deserializer=from_wire,
+    )
+    return call()
 
 
 def add_session_to_server(session: Callable[..., Any], server: grpc.aio.Server) -> None:
