@@ -226,7 +226,7 @@ def build_parts(config: WorkerConfig, process: EngineProcess, *, traffic: KvTraf
         kv_heads=transfer_memory.kv_heads,
         fingerprint=compatibility_fingerprint(
             model_digest(directory, load_format=config.load_format),
-            arithmetic_of(config, model.dtype),
+            arithmetic_of(config, model.dtype, device),
             replace(layout, kv_heads=transfer_memory.kv_heads),
         ),
         transports=transports,

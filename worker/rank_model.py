@@ -12,6 +12,7 @@ from engine.execution.kernel_cache import use_kernel_cache
 from engine.execution.model_runner import ModelRunner, load_model_runner
 from engine.execution.step_memory import LargestStep
 from engine.model_config import ModelConfig
+from engine.models.cpu_library import cpu_arithmetic
 from engine.parallel.group import TensorGroup
 from engine.parallel.shards import Shards
 from kvtransfer.layout import PageLayout
@@ -73,9 +74,12 @@ def rank_device(config: WorkerConfig, rank: int) -> torch.device:
     return device
 
 
-def arithmetic_of(config: WorkerConfig, dtype: torch.dtype) -> str:
-    """What two workers must compute and store alike to go on from each other's KV."""
+def arithmetic_of(config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """What two workers must compute and store alike to go on from each other's KV. In deterministic
+    mode that is every bit, which on a CPU also hangs on what its steps are compiled for."""
     mode = " deterministic" if config.deterministic else ""
+    if mode and device.type == "cpu":
+        mode += f" by {cpu_arithmetic(dtype)}"
     return f"{dtype} kv {kv_storage_dtype(config.kv_cache_dtype, dtype)}{mode}"
 
 

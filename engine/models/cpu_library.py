@@ -4,6 +4,9 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from native.levels import level_here
 from native.library import CSources, load
 
 _HERE = Path(__file__).parent
@@ -46,3 +49,9 @@ def cpu_library() -> CpuLibrary | None:
     """None, and a line in the log, where it cannot be had."""
     library = load(SOURCES)
     return None if library is None else CpuLibrary(library)
+
+
+def cpu_arithmetic(dtype: torch.dtype) -> str:
+    """In words, what the last bits of a CPU's steps hang on."""
+    compiled = dtype is torch.float32 and cpu_library() is not None
+    return f"{'compiled steps' if compiled else 'torch'} on {level_here() or 'any processor'}"
