@@ -46,6 +46,7 @@ def fill_gaps(device: torch.device) -> list[torch.Tensor]:
             gaps.append(torch.empty(size, dtype=torch.uint8, device=device))
         except torch.cuda.OutOfMemoryError:
             size //= 2
+    torch.cuda.set_per_process_memory_fraction(1.0)
     return gaps
 
 
