@@ -4,6 +4,7 @@ The kernels read the page-major pool through strided views, one pair (keys, valu
 costs nothing beside a pool per layer (measurements.md section 1).
 """
 
+import logging
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +22,12 @@ _WORKSPACE_BYTES = 384 * 2**20
 queries with many heads."""
 
 _HOPPER = 9
+
+_INTERNALS_KNOWN_OF = "0.6.14"
+"""Of the library, whose decode wrapper has no public way to keep a page table in one place but its
+mode for graphs (see WholeRequestsGraphAttention)."""
+
+logger = logging.getLogger(__name__)
 
 
 class FlashInferAttention:
@@ -56,6 +63,16 @@ class FlashInferAttention:
         """Tokens of the planned step: up to the first, prompts that read cached KV; up to the
         second, prompts that are all there is of their request; the tokens after them decode."""
         self._planned: dict[int, torch.cuda.Event] = {}
+        version = getattr(library, "__version__", "of no known version")
+        self._whole_requests = version == _INTERNALS_KNOWN_OF
+        if not self._whole_requests:
+            logger.warning(
+                "FlashInfer is %s; where its decode wrapper keeps a page table is known of %s "
+                "only: captured decode steps of many requests write and merge partial results, "
+                "which takes them a few percent longer",
+                version,
+                _INTERNALS_KNOWN_OF,
+            )
 
     def plan(self, batch: ForwardBatch) -> None:
         pages = page_table(batch, self._pool.page_size)
@@ -92,7 +109,8 @@ class FlashInferAttention:
         # The library cuts requests into parts until there are two programs for each multiprocessor:
         # with so many requests none, however long it is.
         device = torch.cuda.get_device_properties(self._pool.device)
-        if rows * self._config.num_kv_heads > 2 * device.multi_processor_count:
+        none_is_split = rows * self._config.num_kv_heads > 2 * device.multi_processor_count
+        if none_is_split and self._whole_requests:
             return WholeRequestsGraphAttention(self, buffers, rows)
         return FlashInferGraphAttention(self, buffers, rows)
 
@@ -154,7 +172,9 @@ class WholeRequestsGraphAttention(FlashInferGraphAttention):
     In its mode for graphs the library writes partial results in float32 and merges them in a kernel
     of its own even then. In its other mode a plan for whole requests has one program for each of
     them, whatever their lengths, so it is as fit for a graph; only its page table has to be kept at
-    addresses that stay.
+    addresses that stay. The library keeps what it is given on the device, but of the two arrays
+    that a plan is made from it must be given the host's: so its own fields are set, for which it
+    has to be the version that was read.
     """
 
     def __init__(self, shared: FlashInferAttention, buffers: TableBuffers, rows: int) -> None:
@@ -171,7 +191,6 @@ class WholeRequestsGraphAttention(FlashInferGraphAttention):
         indices = buffers.indices[: pages.indices.shape[0]].copy_(pages.indices)
         kept = PageTable(pages.indptr, indices, pages.last_page_len)
         self._shared.plan_decode(wrapper, kept, disable_split_kv=True)
-        # The library has no public way to say where these are to lie.
         indptr, last_page_len = (
             buffers.indptr[: self._rows + 1],
             buffers.last_page_len[: self._rows],

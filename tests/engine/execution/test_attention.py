@@ -237,8 +237,9 @@ def run_again(step: Callable[[], torch.Tensor], memory: Any) -> tuple[Any, torch
 
 
 @pytest.fixture
-def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     library = SimpleNamespace(
+        __version__="0.6.14",
         BatchPrefillWithPagedKVCacheWrapper=FakePrefill,
         BatchPrefillWithRaggedKVCacheWrapper=FakeRagged,
         BatchDecodeWithPagedKVCacheWrapper=fake_decode,
@@ -251,6 +252,7 @@ def fake_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     use_processors(monkeypatch, 132)
+    return library
 
 
 def use_processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -331,3 +333,20 @@ def test_padded_decode_steps_equal_plain_ones(
         expected = model.forward_logits(step)
         torch.testing.assert_close(padded.forward_logits(step), expected, atol=1e-4, rtol=0)
     assert not graphs.can_run(harness.extend((rows[4], 2)))
+
+
+def test_a_flashinfer_whose_internals_are_not_known_is_used_as_it_documents(
+    runner: MakeRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_flashinfer: SimpleNamespace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    use_processors(monkeypatch, 2)
+    fake_flashinfer.__version__ = "0.7.0"
+    model = runner("llama-gqa")
+    attention = FlashInferAttention(model.model_config, model.kv_pool)
+    with torch.no_grad():
+        graphs = DecodeGraphs(model.decoder, model.kv_pool, attention, max_batch=6)
+    kinds = {type(graph.attention) for graph in graphs._graphs.values()}
+    assert kinds == {FlashInferGraphAttention}
+    assert "FlashInfer is 0.7.0" in caplog.text
