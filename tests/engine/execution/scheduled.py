@@ -11,6 +11,7 @@ from engine.memory.pools import MemoryPools, make_memory_pools
 from engine.sampling_params import SamplingParams
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.req import Req
+from engine.scheduler.role import SchedulerRole
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_result import TokenOutput
 from engine.types import RequestId
@@ -59,6 +60,7 @@ class ScheduledModel:
         model: ModelRunner,
         *,
         behind: Callable[[ModelRunner, MemoryPools], BatchRunner] = lambda model, memory: model,
+        role: SchedulerRole | None = None,
         rows: int = 8,
         radix: bool = True,
         host: dict[str, Any] | None = None,
@@ -85,6 +87,7 @@ class ScheduledModel:
             ),
             behind(model, self.memory),
             self.memory,
+            role,
             device=pool.device,
         )
         self.outputs: dict[str, list[TokenOutput]] = {}

@@ -15,7 +15,13 @@ from engine.execution.sampler import Sampler
 from engine.model_config import ModelConfig
 from tests.checkpoints import random_prompt
 from tests.engine.execution.harness import sampling_batch
-from tests.engine.execution.same_tokens import after_a_prefix_hit, alone, among, kv_of
+from tests.engine.execution.same_tokens import (
+    after_a_handover,
+    after_a_prefix_hit,
+    alone,
+    among,
+    kv_of,
+)
 from tests.engine.execution.scheduled import Ask
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 7}
@@ -68,6 +74,15 @@ def test_a_replay_at_any_token_goes_on_with_the_same(model: ModelRunner) -> None
     tokens = [token for token, _ in expected]
     for known in range(len(tokens)):
         assert alone(model, mine, prior=tokens[:known]) == expected[known:], known
+
+
+def test_a_handover_at_any_token_changes_nothing(model: ModelRunner) -> None:
+    mine = ask(1, 20)
+    expected = alone(model, mine)
+    tokens = [token for token, _ in expected]
+    for known in range(len(tokens) - 1):
+        found = after_a_handover(model, mine, prior=tokens[:known])
+        assert found == expected[known:], known
 
 
 def test_kv_of_decode_steps_is_that_of_a_prompt(model: ModelRunner) -> None:

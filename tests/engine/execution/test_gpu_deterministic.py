@@ -11,7 +11,13 @@ from engine.models.fused_ops import flashinfer_installed
 from engine.models.invariant_ops import _TILES, invariant_linear
 from engine.models.rotary_store import triton_installed
 from tests.checkpoints import random_prompt
-from tests.engine.execution.same_tokens import after_a_prefix_hit, alone, among, kv_of
+from tests.engine.execution.same_tokens import (
+    after_a_handover,
+    after_a_prefix_hit,
+    alone,
+    among,
+    kv_of,
+)
 from tests.engine.execution.scheduled import Ask
 from tests.engine.execution.trained import closeness, forced, load_tiny, random_texts, reference
 
@@ -99,6 +105,15 @@ def test_a_replay_at_any_token_goes_on_with_the_same(model: ModelRunner) -> None
     tokens = [token for token, _ in expected]
     for known in range(len(tokens)):
         assert alone(model, mine, prior=tokens[:known]) == expected[known:], known
+
+
+def test_a_handover_at_any_token_changes_nothing(model: ModelRunner) -> None:
+    mine = ask(1, 300)
+    expected = alone(model, mine)
+    tokens = [token for token, _ in expected]
+    for known in range(len(tokens) - 1):
+        found = after_a_handover(model, mine, prior=tokens[:known])
+        assert found == expected[known:], known
 
 
 def test_kv_of_decode_steps_is_that_of_a_prompt(model: ModelRunner) -> None:
