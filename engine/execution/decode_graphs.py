@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from engine.execution.attention import GraphableAttention, GraphAttention
+from engine.execution.decode_inputs import DecodeInputs
 from engine.execution.forward_batch import ForwardBatch
-from engine.execution.page_table import PageTable, TableBuffers, host_int32, page_table
+from engine.execution.page_table import PageTable, host_int32
 from engine.execution.progress import progress_bar
 from engine.memory.kv_pool import PageMajorKVPool
 from engine.models.decoder import Decoder
@@ -54,18 +55,9 @@ class DecodeGraphs:
         self._pool = kv_pool
         self._sizes = ladder(max_batch)
         largest = self._sizes[-1]
-        self._input_ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._padding_slot = kv_pool.num_pages * kv_pool.page_size
-        self._out_cache_loc = torch.full(
-            (largest,), self._padding_slot, dtype=torch.int64, device=device
-        )
-        self._padding_pages = torch.full(
-            (largest,), kv_pool.num_pages, dtype=torch.int32, device=device
-        )
         # Requests that share a prefix list its pages once each, so the pool's size is no bound.
         pages = largest * -(-decoder.config.context_length // kv_pool.page_size)
-        buffers = TableBuffers(largest, pages, device)
+        self._inputs = DecodeInputs(largest, pages, kv_pool)
         # One for all sizes, as only one graph runs at a time: of its own each would take half a MiB
         # a row for a vocabulary of 128,256.
         self._logits = torch.empty(
@@ -73,13 +65,13 @@ class DecodeGraphs:
         )
         memory: Any = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, _Graph] = {}
-        attentions = {size: attention.for_graph(buffers, size) for size in self._sizes}
+        attentions = {size: attention.for_graph(self._inputs.tables, size) for size in self._sizes}
         self._choose_products(attentions, progress)
         # From large to small, so that the smaller ones reuse the largest one's memory.
         for done, size in enumerate(reversed(self._sizes)):
             progress(progress_bar("capturing decode graphs", done, len(self._sizes)))
             graph_attention = attentions[size]
-            graph_attention.plan(self._padded([], size))
+            graph_attention.plan(self._inputs.padding(size))
             self._graphs[size] = _Graph(
                 graph_attention, *capture(self._step(size, graph_attention), memory)
             )
@@ -94,14 +86,7 @@ class DecodeGraphs:
         count = len(batch.seq_lens_cpu)
         size = self._sizes[bisect_left(self._sizes, count)]
         graph = self._graphs[size]
-        graph.attention.plan(self._padded([page_table(batch, self._pool.page_size)], size - count))
-        self._input_ids[:count].copy_(batch.input_ids)
-        self._positions[:count].copy_(batch.positions)
-        self._out_cache_loc[:count].copy_(batch.out_cache_loc)
-        if count < size:
-            self._input_ids[count:size].zero_()
-            self._positions[count:size].zero_()
-            self._out_cache_loc[count:size].fill_(self._padding_slot)
+        graph.attention.plan(self._inputs.write(batch, size))
         graph.replay()
         return graph.logits[:count]
 
@@ -114,11 +99,13 @@ class DecodeGraphs:
         self._sizes = [0]
 
     def _step(self, size: int, attention: GraphAttention) -> Callable[[], torch.Tensor]:
+        inputs = self._inputs
+
         def step() -> torch.Tensor:
             hidden = self._decoder.forward(
-                self._input_ids[:size],
-                self._positions[:size],
-                self._pool.rows(self._out_cache_loc[:size]),
+                inputs.input_ids[:size],
+                inputs.positions[:size],
+                self._pool.rows(inputs.out_cache_loc[:size]),
                 self._pool,
                 attention,
                 None,
@@ -142,12 +129,12 @@ class DecodeGraphs:
 
     def _layers(self, size: int, attention: GraphAttention) -> None:
         """A step's first layers, and its logits."""
-        decoder = self._decoder
+        decoder, inputs = self._decoder, self._inputs
         state = decoder.run_layers(
             range(min(_MEASURED_LAYERS, decoder.config.num_layers)),
-            decoder.embed(self._input_ids[:size]),
-            self._positions[:size],
-            self._pool.rows(self._out_cache_loc[:size]),
+            decoder.embed(inputs.input_ids[:size]),
+            inputs.positions[:size],
+            self._pool.rows(inputs.out_cache_loc[:size]),
             self._pool,
             attention,
         )
@@ -164,18 +151,6 @@ class DecodeGraphs:
             indices=indices.to(torch.int32),
             last_page_len=host_int32([(length - 1) % page_size + 1] * rows),
         )
-
-    def _padded(self, tables: list[PageTable], rows: int) -> PageTable:
-        """One table of the given requests and `rows` rows of one token in the padding page."""
-        indptr = torch.zeros(1, dtype=torch.int32)
-        last = torch.ones(rows, dtype=torch.int32)
-        indices = self._padding_pages[:rows]
-        for table in tables:
-            indptr = table.indptr
-            last = torch.cat((table.last_page_len, last))
-            indices = torch.cat((table.indices, indices))
-        more = indptr[-1] + torch.arange(1, rows + 1, dtype=torch.int32)
-        return PageTable(torch.cat((indptr, more)), indices, last)
 
 
 class _Graph:
