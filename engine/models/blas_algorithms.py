@@ -90,7 +90,7 @@ class _Problem:
         self._rows = 1
         self._fits: dict[bytes, bool] = {}
 
-    def algorithms(self, rows: int) -> list[_Algorithm]:
+    def algorithms(self, rows: int, most: int = _MOST) -> list[_Algorithm]:
         """What the library's rules name, their favourite first."""
         library, preference = self._library, ctypes.c_void_p()
         library.call("MatmulPreferenceCreate", ctypes.byref(preference))
@@ -98,19 +98,26 @@ class _Problem:
         self._set("MatmulPreference", preference, _MAX_WORKSPACE, limit)
         self._set("MatmulPreference", preference, _REDUCTIONS, _EXACT_REDUCTIONS)
         self._use(rows)
-        found, count = (_Found * _MOST)(), ctypes.c_int()
+        found, count = (_Found * most)(), ctypes.c_int()
         library.call(
             "MatmulAlgoGetHeuristic",
             *(library.handle, self._operation, *self._layouts(), preference),
-            *(_MOST, found, ctypes.byref(count)),
+            *(most, found, ctypes.byref(count)),
         )
         library.call("MatmulPreferenceDestroy", preference)
         return [one.algorithm for one in found[: count.value] if one.state == 0]
 
     def run(
-        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: _Algorithm
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        algorithm: _Algorithm,
+        *,
+        added: bool = False,
     ) -> bool:
-        """False, and nothing done, where the algorithm is none for so many rows."""
+        """False, and nothing done, where the algorithm is none for so many rows. `added`: to what
+        `out` holds."""
         library = self._library
         self._use(x.shape[0])
         key = bytes(algorithm)
@@ -125,7 +132,8 @@ class _Problem:
         library.call(
             "Matmul",
             *(library.handle, self._operation, ctypes.byref(_ONE)),
-            *(weight_at, operand, x_at, other, ctypes.byref(_ZERO), out_at, result),
+            *(weight_at, operand, x_at, other, ctypes.byref(_ONE if added else _ZERO)),
+            *(out_at, result),
             *(out_at, result, ctypes.byref(algorithm)),
             ctypes.c_void_p(library.workspace.data_ptr()),
             ctypes.c_size_t(_WORKSPACE_BYTES),
@@ -180,13 +188,16 @@ class BlasProduct:
         self._problem = problem
         self._algorithm = algorithm
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
-        """`out` [t, n] for x [t, k] and weight [n, k]. False, and nothing done, where the algorithm
-        is not made for so many rows or for how the tensors lie."""
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, added: bool = False
+    ) -> bool:
+        """`out` [t, n] for x [t, k] and weight [n, k]; `added`: to what it holds. False, and
+        nothing done, where the algorithm is not made for so many rows or for how the tensors
+        lie."""
         lies = x.data_ptr() | weight.data_ptr() | out.data_ptr()
         if lies % _ALIGNED_BYTES or not (x.is_contiguous() and weight.is_contiguous()):
             return False
-        return self._problem.run(x, weight, out, self._algorithm)
+        return self._problem.run(x, weight, out, self._algorithm, added=added)
 
 
 def blas_products(rows: int, weight: torch.Tensor, out_dtype: torch.dtype) -> Sequence[BlasProduct]:

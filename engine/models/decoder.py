@@ -36,7 +36,7 @@ class BetweenLayers(NamedTuple):
     """A step's state between two layers."""
 
     hidden: torch.Tensor | None
-    """[t, hidden]; not yet added to the residual stream. None before the first layer."""
+    """[t, hidden]; not yet added to the residual stream. None: nothing is left to be added."""
     residual: torch.Tensor
     """[t, hidden]; float32 from the first layer's sum on."""
 
@@ -149,33 +149,24 @@ class Decoder:
         Behind the model's last attention, only the tokens `last_tokens` (None: all) go on: of the
         others nothing but their KV is ever read.
         """
-        ops, eps = self._ops, self.config.rms_norm_eps
+        ops = self._ops
         rotation = ops.rotation(positions)
-        hidden, residual = state
         for index in layers:
             layer = self.weights.layers[index]
-            if hidden is None:
-                normed = ops.rms_norm(residual, layer.input_norm, eps)
-            else:
-                normed, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
+            normed, residual = self._normed(state, layer.input_norm)
             hidden = self._attend(index, layer, normed, rotation, kv_rows, kv_pool, attention)
             if last_tokens is not None and index == len(self.weights.layers) - 1:
                 hidden = hidden.index_select(0, last_tokens)
                 residual = residual.index_select(0, last_tokens)
-            hidden = self._group.sum(ops.linear(hidden, layer.o, layer.o_bias))
-            normed, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
+            state = self._onto(residual, hidden, layer.o, layer.o_bias)
+            normed, residual = self._normed(state, layer.post_attention_norm)
             gated = ops.gated_linear(normed, layer.gate_up, layer.gate_up_bias)
-            hidden = ops.linear(gated, layer.down, layer.down_bias)
-            hidden = self._group.sum(hidden)
-        return BetweenLayers(hidden, residual)
+            state = self._onto(residual, gated, layer.down, layer.down_bias)
+        return state
 
     def hidden_states(self, state: BetweenLayers) -> torch.Tensor:
         """As `forward`, for what the last layer left."""
-        hidden, residual = state
-        if hidden is None:
-            raise ValueError("a decoder needs at least one layer")
-        eps = self.config.rms_norm_eps
-        return self._ops.add_rms_norm(hidden, residual, self.weights.final_norm, eps)[0]
+        return self._normed(state, self.weights.final_norm)[0]
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[b, vocab] float32 for hidden states [b, hidden]; in `out` where one is given."""
@@ -184,6 +175,26 @@ class Decoder:
         columns = self._group.gather_columns(self._ops.logits(hidden, self.weights.output))
         columns = columns[:, : self.config.vocab_size]
         return columns if out is None else out.copy_(columns)
+
+    def _normed(
+        self, state: BetweenLayers, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the next products read, the residual stream with all that is added to it)."""
+        (hidden, residual), eps = state, self.config.rms_norm_eps
+        if hidden is None:
+            return self._ops.rms_norm(residual, weight, eps), residual
+        return self._ops.add_rms_norm(hidden, residual, weight, eps)
+
+    def _onto(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> BetweenLayers:
+        if self._group.size == 1:
+            return BetweenLayers(*self._ops.linear_onto(residual, x, weight, bias))
+        return BetweenLayers(self._group.sum(self._ops.linear(x, weight, bias)), residual)
 
     def _attend(
         self,

@@ -23,19 +23,33 @@ def add_rms_norm(
     """As Ops.add_rms_norm, for contiguous x and residual [t, n] on one CUDA device. Overwrites x,
     and the residual where it is float32 already."""
     total = residual if residual.dtype == torch.float32 else residual.to(torch.float32)
+    _launch(x, total, weight, eps, adds=True)
+    return x, total
+
+
+def rms_norm(residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of a contiguous float32 residual [t, n] that is summed already, in the dtype of `weight`."""
+    out = torch.empty_like(residual, dtype=weight.dtype)
+    _launch(out, residual, weight, eps, adds=False)
+    return out
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, adds: bool
+) -> None:
     rows, columns = x.shape
     width = 1 << (columns - 1).bit_length()
     _kernel()[(rows,)](
         x,
-        total,
+        residual,
         weight,
         columns,
         eps,
+        ADDS=adds,
         WIDTH=width,
         **dependent_launch(x.device),
         num_warps=min(max(width // _ELEMENTS_A_WARP, 1), 16),
     )
-    return x, total
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from engine.memory.kv_pool import PageMajorKVPool
-from engine.models.float32_residual import add_rms_norm
+from engine.models.float32_residual import add_rms_norm, rms_norm
 from engine.models.ops import FreshKV, room_for_logits
 from engine.models.products import Products
 from engine.models.rotary_store import (
@@ -57,6 +57,8 @@ class FusedOps:
         return (positions,)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if x.dtype != weight.dtype:
+            return rms_norm(x, weight, eps)
         result: torch.Tensor = self._rms_norm(x, weight, eps)
         return result
 
@@ -131,6 +133,18 @@ class FusedOps:
         if self._triton and x.shape[0] == 1:
             return single_row_linear(x, weight, bias)
         return functional.linear(x, weight, bias)
+
+    def linear_onto(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        way = self._products.chosen("onto", x.shape[0], weight)
+        if way is None:
+            return self.linear(x, weight, bias), residual
+        return None, way(x, weight, bias, residual.to(torch.float32))
 
     def logits(
         self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None

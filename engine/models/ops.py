@@ -36,7 +36,8 @@ class Ops(Protocol):
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / RMS(x) * weight over the last dimension of x [t, hidden]."""
+        """x / RMS(x) * weight over the last dimension of x [t, hidden], in the dtype of `weight`; x
+        may be a residual stream in float32."""
         ...
 
     def add_rms_norm(
@@ -96,6 +97,17 @@ class Ops(Protocol):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x @ weight.T + bias for x [t, k], weight [n, k] and bias [n]: [t, n]."""
+        ...
+
+    def linear_onto(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(linear(x, weight, bias), residual), whose sum is wanted next; (None, the sum in float32)
+        where that comes with the product, and rounds once less."""
         ...
 
     def logits(
@@ -200,6 +212,15 @@ class TorchOps:
             product = torch.mm(weight, x.t()).t().contiguous()
             return product if bias is None else product.add_(bias)
         return functional.linear(x, weight, bias)
+
+    def linear_onto(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return self.linear(x, weight, bias), residual
 
     def logits(
         self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None

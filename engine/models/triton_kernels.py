@@ -113,6 +113,7 @@ def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     weight,
     columns,
     eps,
+    ADDS: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     PDL: tl.constexpr,  # noqa: N803
 ):
@@ -123,11 +124,12 @@ def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * columns + lane
-    added = tl.load(x + at, mask=inside, other=0.0)
-    total = added.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0)
-    tl.store(residual + at, total, mask=inside)
+    total = tl.load(residual + at, mask=inside, other=0.0)
+    if ADDS:
+        total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(residual + at, total, mask=inside)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / columns + eps)
-    tl.store(x + at, (total * scale * gain).to(added.dtype), mask=inside)
+    tl.store(x + at, (total * scale * gain).to(x.dtype.element_ty), mask=inside)
 
 
 # Not specialised for a number of rows that is 1 or a multiple of 16: those would be other kernels.

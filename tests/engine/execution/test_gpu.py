@@ -336,6 +336,34 @@ def test_prompts_of_any_length_are_right_with_products_as_measured() -> None:
             assert float((got - full).norm() / full.norm()) < 1e-2, (name, rows)
 
 
+def test_a_prompts_product_is_added_to_the_residual_in_float32() -> None:
+    if not flashinfer_installed():
+        pytest.skip("flashinfer-python is not installed")
+    table = cos_sin_table(RopeConfig(theta=10_000.0), 128, 64, torch.device("cuda"))
+    ops = FusedOps(table)
+    weight = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    gain = torch.randn(2048, device="cuda", dtype=torch.bfloat16)
+    ways = ops.products.ways("onto", 2048, weight)
+    assert len(ways) > 1
+    for name in ways:
+        ops.products._take([Product("p", "onto", [weight])], 2048, {"p": name})
+        for rows in (1025, 1500, 2048):
+            for dtype in (torch.bfloat16, torch.float32):
+                x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+                residual = torch.randn(rows, 2048, device="cuda").to(dtype)
+                full = residual.double() + x.double() @ weight.double().t()
+                hidden, total = ops.linear_onto(residual, x, weight)
+                assert hidden is None
+                assert total.dtype is torch.float32
+                assert float((total.double() - full).norm() / full.norm()) < 1e-5, (name, rows)
+                normed = ops.rms_norm(total, gain, 1e-5)
+                full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + 1e-5) * gain
+                assert normed.dtype is torch.bfloat16
+                assert float((normed.double() - full).norm() / full.norm()) < 5e-3
+    hidden, _ = ops.linear_onto(torch.randn(8, 2048, device="cuda"), x[:8], weight)
+    assert hidden is not None
+
+
 def test_a_start_measures_what_the_last_one_did_not(tmp_path: Path) -> None:
     if not flashinfer_installed():
         pytest.skip("flashinfer-python is not installed")
@@ -361,7 +389,9 @@ def test_a_start_measures_what_the_last_one_did_not(tmp_path: Path) -> None:
         assert decoder.choose_products([1, 8], layers) == first
         assert ran == []
         prompts = decoder.choose_prompt_products(2048)
-        assert [line.partition(":")[0] for line in prompts] == ["qkv", "o", "gate_up", "down"]
+        assert [line.partition(":")[0] for line in prompts] == [
+            *("qkv", "o onto the residual", "gate_up", "down onto the residual")
+        ]
         assert decoder.choose_prompt_products(2048) == prompts
         decoder.choose_products([1, 8, 16], layers)
         assert set(ran) == {16}

@@ -1,6 +1,7 @@
 """Logits through scattered pages, against `transformers` in float32."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -168,3 +169,42 @@ def test_a_prompts_step_tells_when_its_layers_are_done_and_computes_the_same(
     assert told.next_token_ids.tolist() == plain.next_token_ids.tolist()
     layers = shared.num_layers
     assert [done.layers for done in told.layers_done] == [*range(layers - 2, 0, -2)[:1], layers]
+
+
+class Summing:
+    """Ops whose products come with the residual's sum, as on a GPU for prompts."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+        self.sums = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def linear_onto(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        self.sums += 1
+        return None, residual + self._ops.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases"])
+def test_products_may_come_with_the_residuals_sum(
+    kind: str, runner: MakeRunner, reference_logits: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner(kind)
+    ops = Summing(model.decoder._ops)
+    monkeypatch.setattr(model.decoder, "_ops", ops)
+    harness = Harness(model.kv_pool)
+    prompt = random_prompt(40, seed=3)
+    logits = model.forward_logits(harness.extend((harness.row(prompt), 40)))
+    assert_close(logits[0], reference_logits(kind, prompt)[-1])
+    assert ops.sums == 2 * model.num_layers
+    whole = harness.extend((harness.row(prompt), 40))
+    for layer in range(model.num_layers):
+        result = model.forward_split(whole, layer, layer + 1)
+    assert result.next_token_ids.tolist() == logits.argmax(-1).tolist()

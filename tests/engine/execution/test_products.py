@@ -195,9 +195,8 @@ def test_a_prompts_products_are_chosen_for_any_number_of_rows(
 ) -> None:
     products, qkv = Measured("algorithm 1"), weights.layers[0].qkv
     lines = products.choose_for_prompts(weights, 3000, RememberedChoices("a"))
-    assert lines == [
-        f"{name}: 2048 to 4096 algorithm 1" for name in ("qkv", "o", "gate_up", "down")
-    ]
+    names = ("qkv", "o onto the residual", "gate_up", "down onto the residual")
+    assert lines == [f"{name}: 2048 to 4096 algorithm 1" for name in names]
     assert products.chosen("linear", 1024, qkv) is None
     few, many = products.chosen("linear", 1025, qkv), products.chosen("linear", 3000, qkv)
     assert few is not None
@@ -226,6 +225,35 @@ def test_an_algorithm_that_does_not_fit_leaves_the_product_to_the_library() -> N
     torch.testing.assert_close(way(x, weight, None, None), x @ weight.t())
     bias = torch.randn(5)
     torch.testing.assert_close(way(x, weight, bias, None), x @ weight.t() + bias)
+
+
+def test_a_product_is_added_to_the_residual_by_whatever_can() -> None:
+    def fit(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, added: bool) -> bool:
+        if x.shape[0] > 3:
+            return False
+        out.add_(x @ weight.t()) if added else out.copy_(x @ weight.t())
+        return True
+
+    products = Products(
+        lambda gate_up: gate_up,
+        triton=True,
+        algorithms=lambda *_: [cast("BlasProduct", fit)],
+    )
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    (way,) = products.ways("onto", 2048, weight).values()
+    for rows, extra in ((3, None), (4, None), (3, bias)):
+        x, residual = torch.randn(rows, 8), torch.randn(rows, 5)
+        expected = residual + torch.nn.functional.linear(x, weight, extra)
+        assert way(x, weight, extra, residual) is residual
+        torch.testing.assert_close(residual, expected)
+
+
+def test_a_norm_of_the_librarys_is_given_no_float32_residual(weights: ModelWeights) -> None:
+    products = Products(lambda gate_up: gate_up, triton=False, algorithms=three_algorithms)
+    assert products.ways("onto", 2048, weights.layers[0].o) == {}
+    assert [product.kind for product in products._products_of_prompts(weights)] == [
+        *("linear", "linear", "gated", "linear")
+    ]
 
 
 def test_no_algorithms_are_asked_for_where_there_is_no_gpu() -> None:
