@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,24 +117,28 @@ def decode(
 def idle_share(profile: Any) -> dict[str, Any]:
     """From the trace: GPU time covered by kernels and copies between the first and the last, the
     pauses (between steps: longer than a captured graph ever leaves between two of its kernels),
-    and the kernels that took most, microseconds a step."""
-    spans: list[tuple[float, float]] = []
+    what stands before and behind them, and the kernels that took most, microseconds a step."""
+    spans: list[tuple[float, float, str]] = []
     by_name: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
+    pauses: dict[str, float] = defaultdict(float)
     for event in profile.events():
         if str(event.device_type).endswith("CUDA"):
             start, end = event.time_range.start, event.time_range.end
-            spans.append((start, end))
+            spans.append((start, end, event.name))
             by_name[event.name] += end - start
             count[event.name] += 1
     if not spans:
         return {}
     spans.sort()
-    covered, between, reached = 0.0, 0.0, spans[0][0]
-    for start, end in spans:
+    covered, between, reached, last = 0.0, 0.0, spans[0][0], ""
+    for start, end, name in spans:
         covered += max(0.0, end - max(start, reached))
-        between += start - reached if start - reached > PAUSE_US else 0.0
-        reached = max(reached, end)
+        if start - reached > PAUSE_US:
+            between += start - reached
+            pauses[f"{last[:50]} -> {name[:50]}"] += start - reached
+        if end > reached:
+            reached, last = end, name
     whole = reached - spans[0][0]
     top = sorted(by_name.items(), key=lambda item: -item[1])
     return {
@@ -142,7 +147,11 @@ def idle_share(profile: Any) -> dict[str, Any]:
         "kernels_a_step": len(spans) / PROFILED_STEPS,
         "busy_us_a_step": covered / PROFILED_STEPS,
         "step_us": whole / PROFILED_STEPS,
-        "spans": spans[: 5 * len(spans) // PROFILED_STEPS],
+        "spans": [span[:2] for span in spans[: 5 * len(spans) // PROFILED_STEPS]],
+        "pauses": [
+            (round(us / PROFILED_STEPS, 1), between)
+            for between, us in sorted(pauses.items(), key=lambda item: -item[1])[:8]
+        ],
         "kernels": [
             (round(us / PROFILED_STEPS, 1), round(count[name] / PROFILED_STEPS, 1), name[:90])
             for name, us in top[:16]
@@ -161,11 +170,17 @@ def offline(
     scale: float,
     overlap: bool,
     mixed: bool,
+    chunk: int = 8192,
 ) -> dict[str, float]:
     lengths, outputs = mix(requests)
     rng = random.Random(0)
     vocab = runner.model_config.vocab_size
-    scheduler = scheduler_of(runner, page_size, overlap, rows, enable_mixed_chunk=mixed)
+    scheduler = scheduler_of(
+        *(runner, page_size, overlap, rows),
+        enable_mixed_chunk=mixed,
+        chunked_prefill_size=chunk,
+        max_prefill_tokens=max(chunk, 16384),
+    )
     reqs = [
         request(f"o{i}", max(1, int(n * scale)), max(1, int(m * scale)), vocab, rng)
         for i, (n, m) in enumerate(zip(lengths, outputs, strict=True))
@@ -225,6 +240,8 @@ def show_decode(
             if batch in listed and mode == "on":
                 for us, calls, kernel in got.get("kernels", []):
                     print(f"            {us:8.1f} us  {calls:6.1f} x  {kernel}")
+                for us, kernels in got.get("pauses", []):
+                    print(f"            {us:8.1f} us  pause    {kernels}")
     if arguments.figure and traces:
         shown = [trace for trace in traces if trace.batch in (1, 64, 256)] or traces
         draw(shown, arguments.figure, "Decode steps on the GPU, overlap on, context 1,024")
@@ -243,18 +260,23 @@ def show_prefill(runner: ModelRunner, tiny: bool) -> dict[str, Any]:
 
 
 def show_offline(
-    runner: ModelRunner, tiny: bool, page_size: int, rows: int, mixes: tuple[bool, ...]
+    runner: ModelRunner,
+    tiny: bool,
+    page_size: int,
+    rows: int,
+    mixes: tuple[bool, ...],
+    chunks: list[int],
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     requests, scale = (24, 0.05) if tiny else (512, 1.0)
     print(f"\n3. {requests} requests of the mixed workload, offline, at most {rows} at once")
-    print("   mixed chunk  seconds  tokens out  steps  retractions")
-    for mixed in mixes:
-        got = offline(runner, page_size, requests, rows, scale, True, mixed)
-        figures[f"offline_{'mixed' if mixed else 'plain'}"] = got
+    print("   chunk  mixed  seconds  tokens out  steps  retractions")
+    for mixed, chunk in product(mixes, chunks):
+        got = offline(runner, page_size, requests, rows, scale, True, mixed, chunk)
+        figures[f"offline_{'mixed' if mixed else 'plain'}_{chunk}"] = got
         print(
-            f"   {'yes' if mixed else 'no':11}  {got['seconds']:7.2f}  {got['tokens_out']:10.0f}  "
-            f"{got['steps']:5.0f}  {got['retractions']:11.0f}",
+            f"   {chunk:5}  {'yes' if mixed else 'no':5}  {got['seconds']:7.2f}  "
+            f"{got['tokens_out']:10.0f}  {got['steps']:5.0f}  {got['retractions']:11.0f}",
             flush=True,
         )
     return figures
@@ -276,6 +298,7 @@ def main() -> int:
     parser.add_argument(
         "--no-mixed", action="store_true", help="offline: without mixed chunks only"
     )
+    parser.add_argument("--chunks", default="8192", help="offline: most tokens of a prompt's step")
     parser.add_argument("--prefill", action="store_true", help="also 16 x 4,096 and 64 x 1,024")
     parser.add_argument("--figure", type=Path, help="SVG of the GPU's idle time, with a trace")
     parser.add_argument("--json", type=Path)
@@ -311,7 +334,8 @@ def main() -> int:
         figures |= show_prefill(runner, arguments.tiny)
     if not arguments.no_offline:
         mixes = (False,) if arguments.no_mixed else (False, True)
-        figures |= show_offline(runner, arguments.tiny, page_size, rows, mixes)
+        chunks = [int(chunk) for chunk in arguments.chunks.split(",")]
+        figures |= show_offline(runner, arguments.tiny, page_size, rows, mixes, chunks)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
