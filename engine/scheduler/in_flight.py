@@ -134,9 +134,9 @@ class StepsInFlight:
             num_tokens = sum(span.end - span.start for span in step.spans)
             retracted.prefill_rate.observe(num_tokens, time.monotonic() - step.launched_at)
 
-    def hold_s(self) -> float:
+    def hold_s(self, *, joining: bool) -> float:
         """See LaunchClock.hold_s; nothing is expected of a step that has ended already."""
-        hold_s = self.clock.hold_s(time.monotonic())
+        hold_s = self.clock.hold_s(time.monotonic(), joining=joining)
         return 0.0 if hold_s > 0 and self._steps[0].result.ready() else hold_s
 
     @property

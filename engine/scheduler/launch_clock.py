@@ -9,7 +9,8 @@ The expectation is made of steps seen here: decode steps change slowly from one 
 prompts take time by the token. A launch that came too late shows: the device was done before
 anybody asked. Then the margin grows. Of decode steps some are let be late, by a fraction of a
 millisecond: were none, whoever arrives in the middle of one would be heard at its end, since
-arrivals themselves are what disturbs the expectation.
+arrivals themselves are what disturbs the expectation. Who has arrived is known, though: to take
+somebody in takes longer than to go on, and the two are expected apart.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class LaunchClock:
         self._steps: deque[_Running] = deque()
         self._decode_s = 0.0
         self._extend_s_per_token = 0.0
-        self._prepare_s = 0.0
+        self._prepare_s = {False: 0.0, True: 0.0}
+        """Of passes in which somebody joins, and of others, which take less."""
+        self._joining = False
         self._pass_began = 0.0
         self._margins_s = {True: _LEAST_MARGIN_S, False: _LEAST_MARGIN_S}
         """Of decode steps, and of others."""
@@ -71,11 +74,17 @@ class LaunchClock:
     def pass_begins(self, now: float) -> None:
         """The next launch is being prepared."""
         self._pass_began = now
+        self._joining = False
+
+    def joins(self) -> None:
+        """Somebody new is taken into the batch that is being prepared."""
+        self._joining = True
 
     def launched(self, now: float, *, tokens: float, decode: bool) -> None:
         """A step of `tokens` input tokens (or a part of it, as of so many) is in the queue."""
         if self._pass_began:
-            self._prepare_s = _mean(self._prepare_s, now - self._pass_began)
+            known = self._prepare_s[self._joining]
+            self._prepare_s[self._joining] = _mean(known, now - self._pass_began)
             self._pass_began = 0.0
         self._steps.append(_Running(tokens, decode, now, known=not self._steps))
 
@@ -99,14 +108,16 @@ class LaunchClock:
             margin_s = self._margins_s[step.decode]
             self._margins_s[step.decode] = rule.after(margin_s, late=not seen)
 
-    def hold_s(self, now: float) -> float:
-        """Seconds for which nothing need be launched; 0 where that is not known."""
+    def hold_s(self, now: float, *, joining: bool = False) -> float:
+        """Seconds for which nothing need be launched; 0 where that is not known. `joining`: whether
+        somebody waits to be taken in."""
         if len(self._steps) != 1:
             return 0.0
         step = self._steps[0]
         expected = self._decode_s if step.decode else self._extend_s_per_token * step.tokens
         ends = step.started + expected
-        return max(0.0, ends - self._margins_s[step.decode] - self._prepare_s - now)
+        prepare_s = max(self._prepare_s.values()) if joining else self._prepare_s[False]
+        return max(0.0, ends - self._margins_s[step.decode] - prepare_s - now)
 
 
 def _mean(old: float, new: float) -> float:

@@ -80,7 +80,9 @@ class Scheduler(SchedulerRequests):
     def hold_s(self) -> float:
         """Seconds for which the next `step` may wait without the device waiting for it: time to
         listen, since who arrives before the launch need not wait for one step more."""
-        return self._in_flight.hold_s() if self.config.enable_overlap else 0.0
+        if not self.config.enable_overlap:
+            return 0.0
+        return self._in_flight.hold_s(joining=bool(self.prebuilt))
 
     def _launch(self, batch: ScheduleBatch) -> None:
         """The tokens that the step will draw are inputs of the next one without leaving the
@@ -347,6 +349,7 @@ class Scheduler(SchedulerRequests):
             batch.begin_prebuilt()
         batch.process_prebuilt([first_token])
         self._newly_joined.append(req)
+        self._in_flight.clock.joins()
         req.phase = RequestPhase.RUNNING
         if req.finished():
             self._lifecycle.finish(req)

@@ -6,6 +6,8 @@ from engine.scheduler.launch_clock import LaunchClock
 
 STEP_S = 0.008
 PREPARE_S = 0.001
+JOIN_S = 0.0015
+"""More than the least margin, so that whoever expects none is late."""
 
 
 class Pipeline:
@@ -19,12 +21,21 @@ class Pipeline:
         self.idle_s = 0.0
         self.held: list[float] = []
 
-    def step(self, step_s: float = STEP_S, *, tokens: float = 8, decode: bool = True) -> None:
-        held = self.clock.hold_s(self.now)
+    def step(
+        self,
+        step_s: float = STEP_S,
+        *,
+        tokens: float = 8,
+        decode: bool = True,
+        joining: bool = False,
+    ) -> None:
+        held = self.clock.hold_s(self.now, joining=joining)
         self.held.append(held)
         self.now += held
         self.clock.pass_begins(self.now)
-        self.now += PREPARE_S
+        if joining:
+            self.clock.joins()
+        self.now += PREPARE_S + JOIN_S * joining
         self.clock.launched(self.now, tokens=tokens, decode=decode)
         self.idle_s += max(0.0, self.now - self.device_free)
         self.device_free = max(self.device_free, self.now) + step_s
@@ -44,6 +55,22 @@ def test_steady_steps_are_launched_shortly_before_the_device_is_free() -> None:
     for _ in range(200):
         pipeline.step()
     assert min(pipeline.held[-100:]) > STEP_S - PREPARE_S - 0.002
+    assert pipeline.idle_s < 0.01 * 200 * STEP_S
+
+
+def test_who_joins_is_launched_in_time_and_shortens_no_other_wait() -> None:
+    pipeline = Pipeline()
+    for index in range(100):
+        pipeline.step(joining=index % 5 == 4)
+    pipeline.idle_s, pipeline.held = 0.0, []
+    for index in range(200):
+        pipeline.step(joining=index % 5 == 4)
+    waits = [
+        min(held for index, held in enumerate(pipeline.held) if (index % 5 == 4) is joins)
+        for joins in (False, True)
+    ]
+    assert waits[0] - waits[1] > 0.8 * JOIN_S
+    assert waits[0] > STEP_S - PREPARE_S - 0.002
     assert pipeline.idle_s < 0.01 * 200 * STEP_S
 
 
