@@ -1,8 +1,9 @@
 """The typed channel between a worker's front and its engine.
 
 A socket pair that carries length-prefixed `FrontToEngine` and `EngineToFront` messages. The
-engine's end never blocks the scheduler: one thread reads into an inbox, one thread writes from an
-outbox. End of file on either end means that the other process is gone.
+engine's end never blocks the scheduler: one thread reads into an inbox; whoever has something to
+say writes as much as the socket takes at once, which is all of it as a rule, and one thread writes
+the rest. End of file on either end means that the other process is gone.
 """
 
 import asyncio
@@ -78,7 +79,10 @@ class EngineChannel:
         self._socket = end
         self._on_closed = on_closed
         self._inbox: deque[Received] = deque()
-        self._outbox: deque[channel_pb2.EngineToFront] = deque()
+        self._outbox: deque[bytes | memoryview] = deque()
+        """Frames that the socket did not take yet; the first may be the rest of one."""
+        self._writing = False
+        """Whether the writer's thread is at it, which nobody may come before."""
         self._work = threading.Event()
         self._out_ready = threading.Condition()
         self._closing = False
@@ -117,9 +121,23 @@ class EngineChannel:
         return messages
 
     def send(self, message: channel_pb2.EngineToFront) -> None:
-        """Queues a message for the front; never waits. Safe from any thread."""
+        """Sends a message to the front, or queues what the socket does not take now; never waits.
+        Safe from any thread. (To wake a thread for each, and to share the interpreter with it while
+        it writes, would take a token's sender longer than the write.)"""
+        payload = message.SerializeToString()
+        frame: bytes | memoryview = _HEADER.pack(len(payload)) + payload
         with self._out_ready:
-            self._outbox.append(message)
+            if not self._outbox and not self._writing:
+                try:
+                    sent = self._socket.send(frame, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    return  # the front is gone, as the reader's thread will see
+                if sent == len(frame):
+                    return
+                frame = memoryview(frame)[sent:]
+            self._outbox.append(frame)
             self._out_ready.notify()
 
     def close(self) -> None:
@@ -161,14 +179,12 @@ class EngineChannel:
                     self._out_ready.wait()
                 if not self._outbox:
                     return
-                batch = list(self._outbox)
+                frames = b"".join(self._outbox)
                 self._outbox.clear()
-            frames = bytearray()
-            for message in batch:
-                payload = message.SerializeToString()
-                frames += _HEADER.pack(len(payload))
-                frames += payload
+                self._writing = True
             try:
                 self._socket.sendall(frames)
             except OSError:
                 return
+            with self._out_ready:
+                self._writing = False
