@@ -148,14 +148,10 @@ class Outgoing:
                 chosen.append(early)
         return chosen
 
-    def next_pages(
-        self, *, at_most: int, all_layers: int, least: int = 0
-    ) -> tuple[list[SourcePage], int]:
+    def next_pages(self, *, at_most: int, all_layers: int) -> tuple[list[SourcePage], int]:
         """What one write takes, and how many leading layers of it have landed already. Pages of
         which some have go first, as they need no credit and would keep their slots from all others;
-        then whole ones. `at_most` bounds pages of which something is still to leave. Of a
-        request's last ones each write takes half, down to `least`: the check of the very last write
-        is what decode waits for, and that of the one before goes on beside it."""
+        then whole ones. `at_most` bounds pages of which something is still to leave."""
         early: list[SourcePage] = []
         layers = 0
         for page in self.pending if self.early else ():
@@ -171,9 +167,6 @@ class Outgoing:
         if early:
             return early[: MAX_ANNOUNCED_PAGES if layers == all_layers else at_most], layers
         whole = (page for page in self.pending if page.position not in self.early)
-        if self.first_token is not None and least:
-            left = len(self.pending)
-            at_most = min(at_most, max(least, -(-left // 2)))
         return list(islice(whole, min(len(self.credits), at_most))), 0
 
     def slots_for(self, pages: Sequence[SourcePage]) -> list[int]:

@@ -70,7 +70,6 @@ class Sender:
         self._instance_id = instance_id
         size = WRITE_BYTES if pool is None or pool.is_cuda else HOST_WRITE_BYTES
         self._write_pages = max(1, min(MAX_WRITE_PAGES, size // layout.page_bytes))
-        self._last_pages = max(1, self._write_pages // 4)
         self._layout = layout
         self._pool = pool
         self._links = links
@@ -346,9 +345,7 @@ class Sender:
         begun: list[WriteKey | None] = []
         most = HOST_WRITES if self._checks.at_once else math.inf
         while out.state != TransferState.FAILED and len(out.writes) < most:
-            pages, landed = out.next_pages(
-                at_most=self._write_pages, all_layers=all_layers, least=self._last_pages
-            )
+            pages, landed = out.next_pages(at_most=self._write_pages, all_layers=all_layers)
             if not pages:
                 break
             if landed == all_layers:

@@ -1,16 +1,13 @@
 """Digests of source pages that become known after their write has ended, as on a GPU."""
 
-from collections import deque
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from kvtransfer.events import PagesLanded, SourceReleased, TransferFailedEvent, WriterFinished
-from kvtransfer.outgoing import Outgoing
 from kvtransfer.pool_sealer import PendingSeals, PoolSealer
 from kvtransfer.states import TransferFailure
-from kvtransfer.ticket import SourcePage, Ticket
 from tests.kvtransfer.pair import LAYOUT, Pair
 
 
@@ -172,32 +169,3 @@ def test_a_page_that_changed_in_the_last_of_several_writes_is_caught(
     pair.run()
     assert not pair.completed("r")
     assert failures(pair.prefill_events)[-1].failure is TransferFailure.MISMATCH
-
-
-@pytest.mark.parametrize(
-    ("pages", "sizes"),
-    [
-        (3, [3]),
-        (4, [4]),
-        (7, [4, 3]),
-        (16, [8, 4, 4]),
-        (32, [16, 8, 4, 4]),
-        (40, [16, 12, 6, 4, 2]),
-    ],
-)
-def test_the_last_pages_leave_in_halves_so_that_the_last_check_is_short(
-    pages: int, sizes: list[int]
-) -> None:
-    ticket = Ticket(
-        ticket_id=1, instance_id="d", epoch=1, request_id="r", writer_instance="p",
-        slots=tuple(range(pages)), lease_s=1, decode_prefix_len=0, total_tokens=pages,
-        token_hash=b"", transport="fake",
-    )  # fmt: skip
-    out = Outgoing(ticket, 0, 0, 0, credits=deque(ticket.slots))
-    out.pending.extend(SourcePage(page, page, 1, b"") for page in range(pages))
-    out.first_token = 7
-    left = []
-    while taken := out.next_pages(at_most=16, all_layers=2, least=4)[0]:
-        out.take(taken)
-        left.append(len(taken))
-    assert left == sizes
