@@ -16,6 +16,9 @@ from tests.checkpoints import random_prompt
 from tests.e2e.cluster import Cluster, running_cluster
 from tests.e2e.worker_status import get_status, wait_for
 
+PATIENCE_S = 30.0
+"""No promise of a worker's: other tests may have the machine."""
+
 STANDS_STILL_S = 5.0
 """More than a drained worker gives an RPC, and than it once gave its leave."""
 
@@ -81,18 +84,26 @@ def _generate(cluster: Cluster, prompt: list[int], tokens: int) -> tuple[list[in
 
 def _busy(cluster: Cluster, role: str) -> str:
     """The worker of that role that works on the only request."""
-    workers = [w for w in cluster.workers() if w["role"] == role and w["state"] == "ready"]
     found: list[str] = []
 
     def look() -> bool:
-        for worker in workers:
+        # Listed anew: one that another test's drain has restarted may have come just now.
+        for worker in cluster.workers():
+            if worker["role"] != role or worker["state"] != "ready":
+                continue
             status = get_status(worker["address"])
             if status.running or status.transferring:
                 found.append(worker["id"])
         return bool(found)
 
-    wait_for(look, f"a {role} worker at work")
+    wait_for(look, f"a {role} worker at work", within_s=PATIENCE_S)
     return found[0]
+
+
+def _wait_until_gone(cluster: Cluster, worker: str) -> None:
+    wait_for(
+        lambda: worker not in [w["id"] for w in cluster.workers()], "its end", within_s=PATIENCE_S
+    )
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -105,7 +116,7 @@ def test_a_drained_worker_finishes_what_it_took(cluster: Cluster, role: str) -> 
         ids, replays, *served = running.result()
     assert victim in served
     assert (ids, replays) == (undisturbed, 0)
-    wait_for(lambda: victim not in [w["id"] for w in cluster.workers()], "its end")
+    _wait_until_gone(cluster, victim)
 
 
 def test_the_command_returns_when_the_worker_has_left(cluster: Cluster) -> None:
@@ -157,7 +168,7 @@ def test_a_drain_is_exact_though_the_router_stands_still(cluster: Cluster) -> No
             router.resume()
         ids, replays, *_ = running.result()
     assert (ids, replays) == (undisturbed, 0)
-    wait_for(lambda: victim not in [w["id"] for w in cluster.workers()], "its end")
+    _wait_until_gone(cluster, victim)
 
 
 def test_drain_names_what_there_is_where_the_name_is_wrong(cluster: Cluster) -> None:
