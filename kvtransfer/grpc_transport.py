@@ -4,7 +4,7 @@ KV bytes that go by gRPC never pass through the channel between a worker's two p
 pages are copied into an outbox of shared memory, the front streams them from there, and the peer's
 front puts them into its landing window, shared memory too. This half hands out outbox slots, and
 turns the front's answers into events. It works between any two machines that can talk at all, at
-about a fifth of a plain copy's speed.
+a tenth of a plain copy's speed or less (bench/README.md).
 
 Since the fronts do the writing, the end of a session ends every write of it.
 """
