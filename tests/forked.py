@@ -202,8 +202,12 @@ def executed() -> Iterator[None]:
 
 
 def is_spawner(process: psutil.Process) -> bool:
-    """Whether it is none of Baton's processes, only what they are forked from."""
-    return bool(process.name() == NAME)
+    """Whether it is none of Baton's processes, only what they are forked from; so is what has ended
+    since it was listed, as the one in between does when a worker starts anew."""
+    try:
+        return bool(process.name() == NAME)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def executed_nevertheless(processes: Sequence[psutil.Process]) -> list[psutil.Process]:

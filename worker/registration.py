@@ -114,8 +114,11 @@ class Registration:
             except asyncio.CancelledError:
                 return
             except grpc.RpcError as error:
-                lost = lost + 1 if error.code() is grpc.StatusCode.UNAVAILABLE else 0
-                logger.warning("router %s was not told goodbye: %s", self._router, error)
+                gone = error.code() is grpc.StatusCode.UNAVAILABLE
+                lost = lost + 1 if gone else 0
+                # A router that has ended before its workers is nothing out of the ordinary.
+                level = logging.DEBUG if gone else logging.WARNING
+                logger.log(level, "router %s was not told goodbye: %s", self._router, error)
             else:
                 return
             if not self._listed or time.monotonic() >= self._leave_by():
