@@ -76,6 +76,10 @@ class RankWriter(Protocol):
         """(number, why it failed or nothing) of writes that are over; never waits."""
         ...
 
+    def lost(self) -> list[tuple[str, str]]:
+        """(peer's rank, why) of those that it cannot reach any more; never waits."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -295,6 +299,8 @@ class GroupTransport(Transport):
         for rank, follower in enumerate(self._followers, start=1):
             for number, reason in follower.ended():
                 self._end((rank, number), reason)
+            for peer, reason in follower.lost():
+                self._events.append(PeerLost(peer.partition("/")[0], reason))
         events, self._events = self._events, []
         return events
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtransfer import messages
-from kvtransfer.errors import NoSlotsError, TransportError
+from kvtransfer.errors import NoSlotsError, TransferError
 from kvtransfer.links import PeerLinks
 from kvtransfer.transport import Transport
 from kvtransfer.window import LandingWindow, SlotCounts
@@ -187,7 +187,7 @@ class LandingWindows:
                 name: transport.open_landing(first_slot, memory)
                 for name, transport in self._transports.items()
             }
-        except (RuntimeError, TransportError) as error:  # torch's out-of-memory is the former
+        except (RuntimeError, TransferError) as error:  # torch's out-of-memory is the former
             logger.error("no further landing window: %s", error)
             # Not tried again: what was taken for it cannot be given back while it may be mapped.
             self._make_memory = None

@@ -47,6 +47,8 @@ class Kind(IntEnum):
     """To the frame before; one at a time."""
     ENDED = auto()
     """A write is over."""
+    LOST = auto()
+    """A peer's rank cannot be reached any more."""
 
 
 class RankLink:
@@ -60,6 +62,7 @@ class RankLink:
         self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._ended: deque[bytes] = deque()
+        self._lost: deque[bytes] = deque()
         threading.Thread(target=self._read, name="rank-link", daemon=True).start()
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
@@ -83,6 +86,10 @@ class RankLink:
         """ENDED frames that have come; never waits."""
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
+    def take_lost(self) -> list[bytes]:
+        """LOST frames that have come; never waits."""
+        return [self._lost.popleft() for _ in range(len(self._lost))]
+
     def close(self) -> None:
         self._socket.close()
 
@@ -91,6 +98,8 @@ class RankLink:
             self._answers.put(payload)
         elif kind is Kind.ENDED:
             self._ended.append(payload)
+        elif kind is Kind.LOST:
+            self._lost.append(payload)
         else:
             self._frames.put((kind, payload))
 

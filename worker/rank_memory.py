@@ -56,12 +56,19 @@ def shares_host_memory(config: WorkerConfig) -> bool:
 
 def rank_place(config: WorkerConfig, layout: PageLayout, kv_heads: int, *, rank: int) -> RankPlace:
     size = config.tensor_parallel_size
+    shared_window = size > 1 and shares_host_memory(config)
+    if shared_window and config.transport != "grpc" and rank == 0:
+        logger.warning(
+            "%s: KV of several ranks goes by gRPC; between GPUs of one host --transport cuda_ipc "
+            "needs no NIXL",
+            unavailable_reason(),
+        )
     return RankPlace(
         layout=layout,
         kv_heads=kv_heads,
         rank=rank,
         tp_size=size,
-        shared_window=size > 1 and shares_host_memory(config),
+        shared_window=shared_window,
     )
 
 

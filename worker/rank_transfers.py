@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from kvtransfer.errors import TransportError
+from kvtransfer.errors import TransferError, TransportError
 from kvtransfer.group_transport import Target
-from kvtransfer.transport import RankTransport, WriteDone, WriteFailed, WriteId
+from kvtransfer.transport import PeerLost, RankTransport, WriteDone, WriteFailed, WriteId
 from worker.rank_kv import RankKv
 from worker.rank_link import Kind, RankLink
 from worker.rank_windows import RankWindows
@@ -77,6 +77,8 @@ class RankTransfers:
             try:
                 if self._kv.pool.is_cuda:
                     torch.cuda.set_device(self._kv.pool.device)
+                    # Its own: copies into the outbox do not queue behind the model's steps.
+                    torch.cuda.set_stream(torch.cuda.Stream(self._kv.pool.device))  # type: ignore[no-untyped-call]
                 while True:
                     self.step()
             except Exception:
@@ -95,6 +97,9 @@ class RankTransfers:
                     self._end((name, event.write_id), "")
                 elif isinstance(event, WriteFailed):
                     self._end((name, event.write_id), event.reason)
+                elif isinstance(event, PeerLost):
+                    lost = [name, event.peer, event.reason]
+                    self._link.send(Kind.LOST, json.dumps(lost).encode())
 
     def _pause(self) -> float:
         if self._writes:
@@ -119,7 +124,7 @@ class RankTransfers:
         elif kind in self._answers:
             try:
                 answer = {"found": self._answers[kind](asked), "problem": ""}
-            except TransportError as error:
+            except TransferError as error:
                 answer = {"found": None, "problem": error.message}
             except RuntimeError as error:  # torch's out-of-memory
                 answer = {"found": None, "problem": str(error)}
@@ -192,6 +197,7 @@ class LinkedRank:
     def __init__(self, link: RankLink) -> None:
         self._link = link
         self._ended: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+        self._lost: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
 
     def transports(self) -> list[str]:
         """What it has, by name; waits until its model is loaded."""
@@ -218,6 +224,13 @@ class LinkedRank:
             name, number, failure = json.loads(payload)
             self._ended[name].append((int(number), str(failure)))
         return self._ended.pop(transport, [])
+
+    def take_lost(self, transport: str) -> list[tuple[str, str]]:
+        """(peer's rank, why) of those that this rank cannot reach by that transport any more."""
+        for payload in self._link.take_lost():
+            name, peer, reason = json.loads(payload)
+            self._lost[name].append((str(peer), str(reason)))
+        return self._lost.pop(transport, [])
 
 
 class LinkedWriter:
@@ -262,6 +275,9 @@ class LinkedWriter:
 
     def ended(self) -> list[tuple[int, str]]:
         return self._rank.take_ended(self._transport)
+
+    def lost(self) -> list[tuple[str, str]]:
+        return self._rank.take_lost(self._transport)
 
 
 def _told(targets: Sequence[Target]) -> list[tuple[str, str, int]]:

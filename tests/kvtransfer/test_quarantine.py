@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from kvtransfer.errors import NoSlotsError, SilentWriterError, TransportError
+from kvtransfer.errors import (
+    NoSlotsError,
+    SilentWriterError,
+    TransportError,
+    TransportUnavailableError,
+)
 from kvtransfer.events import PagesLanded
 from kvtransfer.fake_transport import Fault, FaultKind
 from kvtransfer.states import TransferFailure
@@ -160,6 +165,25 @@ def test_a_window_that_cannot_be_opened_is_not_tried_again(monkeypatch: pytest.M
     decode_alone(pair, 5)
     assert tried == [SLOTS]
     assert pair.decode.stats().window_replacements == 0
+    pair.run(20)
+    pair.hand_over("next", 4, [1])
+    pair.run(10)
+    assert pair.completed("next")
+
+
+def test_a_decode_whose_device_has_no_room_for_another_window_goes_on() -> None:
+    tried: list[int] = []
+
+    def make_memory(number: int) -> torch.Tensor:
+        tried.append(number)
+        raise TransportUnavailableError("the driver has no memory left")
+
+    pair = make()
+    assert pair.decode._windows is not None
+    pair.decode._windows._make_memory = make_memory
+    fall_silent(pair, tickets=3)
+    decode_alone(pair, 5)
+    assert tried == [1]
     pair.run(20)
     pair.hand_over("next", 4, [1])
     pair.run(10)

@@ -17,7 +17,7 @@ from kvtransfer.geometry import KvGeometry, RankPlace, rank_heads
 from kvtransfer.group_transport import GroupTransport
 from kvtransfer.layout import PageLayout
 from kvtransfer.nixl_transport import NixlTransport, unavailable_reason
-from kvtransfer.transport import MessageArrived, TransportEvent, WriteDone, WriteFailed
+from kvtransfer.transport import MessageArrived, PeerLost, TransportEvent, WriteDone, WriteFailed
 from worker.rank_kv import RankKv
 from worker.rank_link import Kind, RankLink
 from worker.rank_transfers import LinkedRank, RankTransfers
@@ -59,6 +59,7 @@ class Side:
         self._stack = ExitStack()
         for transport in transports:
             self._stack.callback(transport.close)
+        self.transports = transports
         self._stop = threading.Event()
         followers = [self._follow(rank, transports[rank]) for rank in range(1, tp_size)]
         self.ranks = [LinkedRank(link) for link in followers]
@@ -227,3 +228,21 @@ def test_the_transports_of_a_rank_are_told_by_name() -> None:
         assert reader.ranks[0].transports() == ["nixl"]
     finally:
         reader.close()
+
+
+@pytest.mark.parametrize("joined", [(2, 2)], ids=["2to2"], indirect=True)
+def test_a_rank_that_cannot_reach_its_peer_any_more_says_so(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each later request would be computed, and then fail at that rank's write."""
+    follower = joined.writer.transports[1]
+    events: list[TransportEvent] = [PeerLost("d/1", "the link is down")]
+
+    def poll() -> list[TransportEvent]:
+        found, events[:] = events[:], []
+        return found
+
+    monkeypatch.setattr(follower, "poll", poll)
+    joined.writer.ranks[0].tell(Kind.DISCONNECT, transport="nixl", peers=[])  # so that it looks
+    joined.until(lambda: joined.writer.events)
+    assert joined.writer.events == [PeerLost("d", "the link is down")]
