@@ -12,13 +12,13 @@
 typedef int32_t word __attribute__((aligned(1))); /* anywhere in memory */
 
 static uint64_t weighted(const word *data, const int32_t *low, const int32_t *high, int64_t count) {
-    int64_t sum = 0;
+    uint64_t sum = 0; /* modulo 2^64: a signed sum may not overflow */
     uint32_t upper = 0;
     for (int64_t i = 0; i < count; i++) {
-        sum += (int64_t)data[i] * low[i];
+        sum += (uint64_t)((int64_t)data[i] * low[i]);
         upper += (uint32_t)data[i] * (uint32_t)high[i];
     }
-    return (uint64_t)sum + ((uint64_t)upper << 32);
+    return sum + ((uint64_t)upper << 32);
 }
 
 /* digests [pages]: of the valid words of each page of `source`, which are copied to a page of `target`

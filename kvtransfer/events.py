@@ -124,6 +124,6 @@ def joined_landings(earlier: KvEvent, later: KvEvent) -> PagesLanded | None:
     """Both as one event, where they are pages of one ticket in one window."""
     match earlier, later:
         case (PagesLanded(), PagesLanded()):
-            same = earlier.ticket_id == later.ticket_id and earlier.window is later.window
-            return replace(earlier, pages=earlier.pages + later.pages) if same else None
+            one = (earlier.ticket_id, earlier.first_slot) == (later.ticket_id, later.first_slot)
+            return replace(earlier, pages=earlier.pages + later.pages) if one else None
     return None

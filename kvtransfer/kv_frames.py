@@ -16,6 +16,10 @@ _CHUNK = kv_pb2.KvFrame.DESCRIPTOR.fields_by_name["chunk"].number << 3 | 2
 _DATA = kv_pb2.PageChunk.DESCRIPTOR.fields_by_name["data"].number << 3 | 2
 """Tags of the two fields, which fit a byte each; 2: their length follows."""
 
+_MOST_FIELDS = 16
+"""More than a chunk has. A head of more is left to protobuf, which reads it in C: here it would
+hold up everybody else's messages."""
+
 _SERVICE = kv_pb2.DESCRIPTOR.services_by_name["Kv"]
 _METHOD = _SERVICE.methods_by_name["Session"].name
 
@@ -73,7 +77,9 @@ def _data_of(wire: bytes) -> tuple[bytes, memoryview] | None:
     if start + size != len(wire):
         return None
     place = start
-    while place < len(wire):
+    for _ in range(_MOST_FIELDS):
+        if place >= len(wire):
+            break
         tag = wire[place]
         if tag == _DATA:
             length, begin = _read_varint(wire, place + 1)

@@ -5,7 +5,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.kv_frames import ChunkFrame, from_wire, to_wire, without_data
+from kvtransfer.kv_frames import ChunkFrame, _data_of, _varint, from_wire, to_wire, without_data
 from protos.baton.v1 import kv_pb2
 
 numbers = st.sampled_from([0, 1, 127, 128, 2**32, 2**64 - 1])
@@ -72,6 +72,18 @@ def test_garbage_is_read_as_protobuf_reads_it(wire: bytes) -> None:
         assert found.chunk.slot == wanted.chunk.slot
     else:
         assert found == wanted
+
+
+def test_a_head_of_very_many_fields_is_left_to_protobuf() -> None:
+    """Walked here it would hold up everybody else's messages for seconds."""
+    field = kv_pb2.PageChunk(write_id=7).SerializeToString()
+    chunk = field * 100_000 + kv_pb2.PageChunk(data=b"page").SerializeToString()
+    head = kv_pb2.KvFrame(chunk=kv_pb2.PageChunk()).SerializeToString()[:1]
+    wire = head + _varint(len(chunk)) + chunk
+    assert _data_of(wire) is None
+    found = from_wire(wire)
+    assert isinstance(found, ChunkFrame)
+    assert (found.chunk.write_id, bytes(found.data)) == (7, b"page")
 
 
 def test_other_frames_are_as_they_were() -> None:
