@@ -27,7 +27,7 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
 
 
 class HugePages:
-    """Of one piece of memory. `used` may be called by one thread at a time."""
+    """Of one piece of memory. Any thread may call."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         """`memory`: [slots, slot_bytes] uint8. On a device, or smaller than a huge page, it stays
@@ -40,8 +40,10 @@ class HugePages:
         first = -(-self._start // HUGE_BYTES)
         self._open = set(range(first, self._end // HUGE_BYTES)) if able else set()
         """Places of huge pages, by address, that have not been asked for."""
+        self._lock = threading.Lock()
         self._waiting: deque[int] = deque()
         self._worker: threading.Thread | None = None
+        """None while nothing waits."""
         self.collapsed = 0
 
     def used(self, slot: int) -> None:
@@ -51,16 +53,25 @@ class HugePages:
             return
         begin = self._start + slot * self._slot_bytes
         places = range(begin // HUGE_BYTES, -(-(begin + self._slot_bytes) // HUGE_BYTES))
-        found = [place for place in places if place in self._open]
-        self._open.difference_update(found)
-        self._waiting.extend(found)
-        if self._waiting and (self._worker is None or not self._worker.is_alive()):
-            self._worker = threading.Thread(target=self._work, name="kv-huge-pages", daemon=True)
-            self._worker.start()
+        with self._lock:
+            found = [place for place in places if place in self._open]
+            self._open.difference_update(found)
+            self._waiting.extend(found)
+            if not self._waiting or self._worker is not None:
+                return
+            worker = threading.Thread(target=self._work, name="kv-huge-pages", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # no room for a thread: these pages stay small
+                logger.info("no huge pages of the landing window: %s", error)
+                self._waiting.clear()
+                return
+            self._worker = worker
 
     def wait(self) -> None:
         """Until what was used is done."""
-        worker = self._worker
+        with self._lock:
+            worker = self._worker
         if worker is not None:
             worker.join()
 
@@ -68,8 +79,7 @@ class HugePages:
         # ctypes lets other threads run meanwhile; mmap.madvise would not.
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        while self._waiting:
-            place = self._waiting.popleft()
+        while (place := self._next()) is not None:
             if madvise(place * HUGE_BYTES, HUGE_BYTES, _COLLAPSE) == 0:
                 self.collapsed += 1
             elif ctypes.get_errno() in _UNSUPPORTED and not self.collapsed:
@@ -77,5 +87,13 @@ class HugePages:
                     "the kernel makes no huge pages of the landing window: %s",
                     errno.errorcode[ctypes.get_errno()],
                 )
-                self._open = set()
-                self._waiting.clear()
+                with self._lock:
+                    self._open = set()
+                    self._waiting.clear()
+
+    def _next(self) -> int | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._worker = None
+            return None

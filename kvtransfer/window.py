@@ -104,8 +104,9 @@ class LandingWindow:
                 self._granted.pop(slot, None)
                 self._quarantined.pop(slot, None)
                 self._runs.pop(slot, None)
-                self.huge_pages.used(slot - self.first_slot)
             self._free.update(every)
+        for slot in every:
+            self.huge_pages.used(slot - self.first_slot)
 
     def quarantine(self, slots: set[int], owner: int) -> None:
         """Keeps granted slots of `owner` from everybody until `release`."""
