@@ -112,11 +112,14 @@ class WorkerLink:
     async def retire(self, reason: str) -> None:
         """Lets the session end by itself, to its last message: the word that a worker is gone comes
         by another way and may overtake its last tokens. A worker that stands still is noticed as
-        ever.
+        ever, and one that only left the list does not keep a session that carries nothing.
         """
         self._last_session = True
-        if self._task is not None and self.record.connected:
-            await asyncio.wait({self._task})
+        ended: set[asyncio.Task[None]] = set()
+        while self._task is not None and self.record.connected and not ended:
+            ended, _ = await asyncio.wait({self._task}, timeout=self._config.silence_timeout_s)
+            if not self._work:
+                break
         await self.close(reason)
 
     # ---- work -----------------------------------------------------------------------------------

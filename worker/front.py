@@ -154,6 +154,7 @@ class WorkerFront:
                 router_addresses(self.config.router),
                 request=self.describe(),
                 status=lambda: self._status,
+                leaving=lambda: self._leave_by < math.inf,
                 leave_by=lambda: self._leave_by,
                 tls=self.config,
             )

@@ -69,8 +69,11 @@ class MetricsServer:
         try:
             if self._open > MAX_CONNECTIONS:
                 return
-            head = await self._head(reader)
-            self._watch.on_call(str(writer.get_extra_info("peername")))
+            try:
+                head = await self._head(reader)
+            finally:
+                # Whoever's handshake was good is not counted for it as well.
+                self._watch.on_call(str(writer.get_extra_info("peername")))
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 writer.write(await self._answer(head))
                 await writer.drain()

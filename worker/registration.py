@@ -24,6 +24,13 @@ REFUSED_RETRY_S = 5.0
 
 RPC_TIMEOUT_S = 2.0
 
+REFUSALS = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""Answers that will be the same the next time."""
+
 GOODBYE_RETRY_S = 0.2
 """Pause after a goodbye that nobody acknowledged."""
 
@@ -49,11 +56,13 @@ async def register_with_all(
     *,
     request: worker_pb2.RegisterRequest,
     status: Callable[[], worker_pb2.WorkerStatus],
+    leaving: Callable[[], bool] = lambda: False,
     leave_by: Callable[[], float] = time.monotonic,
     tls: TlsSettings = PLAIN,
 ) -> None:
     """Keeps a worker known to every router until cancelled, and then tells them that it goes. One
-    that does not answer is told again until `leave_by`, time.monotonic() seconds.
+    that does not answer is told again until `leave_by`, time.monotonic() seconds. A router that
+    has struck it off when it is `leaving` is not asked to list it again.
     """
     if not routers:
         logger.info("no router is named: waiting to be found at %s", request.address)
@@ -62,7 +71,12 @@ async def register_with_all(
     async with asyncio.TaskGroup() as group:
         for router in routers:
             registration = Registration(
-                router=router, request=request, status=status, leave_by=leave_by, tls=tls
+                router=router,
+                request=request,
+                status=status,
+                leaving=leaving,
+                leave_by=leave_by,
+                tls=tls,
             )
             group.create_task(registration.run(), name=f"registration with {router}")
 
@@ -76,9 +90,11 @@ class Registration:
         router: str,
         request: worker_pb2.RegisterRequest,
         status: Callable[[], worker_pb2.WorkerStatus],
+        leaving: Callable[[], bool] = lambda: False,
         leave_by: Callable[[], float] = time.monotonic,
         tls: TlsSettings = PLAIN,
     ) -> None:
+        self._leaving = leaving
         self._leave_by = leave_by
         self._listed = False
         """The router has accepted it at some time."""
@@ -114,6 +130,9 @@ class Registration:
             except asyncio.CancelledError:
                 return
             except grpc.RpcError as error:
+                if error.code() in REFUSALS:
+                    logger.warning("router %s refused a goodbye: %s", self._router, error)
+                    return
                 gone = error.code() is grpc.StatusCode.UNAVAILABLE
                 lost = lost + 1 if gone else 0
                 # A router that has ended before its workers is nothing out of the ordinary.
@@ -153,4 +172,6 @@ class Registration:
                 logger.warning("heartbeat to router %s failed: %s", self._router, error)
                 return
             if not beat.known:
+                if self._leaving():
+                    await asyncio.Event().wait()
                 return

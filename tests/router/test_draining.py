@@ -232,3 +232,12 @@ async def test_a_router_that_stops_waits_for_no_worker_that_leaves(cluster: Clus
     await until(lambda: cluster.router.fleet._retiring)
     async with asyncio.timeout(3):
         await cluster.router.fleet.close()
+
+
+async def test_a_worker_that_only_left_the_list_keeps_no_session(cluster: Cluster) -> None:
+    """A pod that lost its label, say: it has no reason to end the session itself."""
+    _, decode = await cluster.pair()
+    fleet = cluster.router.fleet
+    await fleet.registry.remove(decode.id, reason="a test")
+    await until(lambda: fleet._retiring)
+    await until(lambda: not fleet._retiring)

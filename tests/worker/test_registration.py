@@ -148,3 +148,64 @@ async def test_nobody_waits_for_a_router_that_is_no_longer_there() -> None:
     await server.stop(0)
     registering.cancel()
     await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+
+
+async def test_a_leaving_worker_that_a_router_has_struck_off_is_not_listed_again(
+    routers: list[tuple[str, Registry]],
+) -> None:
+    address, registry = routers[0]
+    left = False
+    registering = asyncio.create_task(
+        register_with_all(
+            [address],
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+            leaving=lambda: left,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not registry.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    left = True
+    registry.listed.clear()  # it heard the goodbye in its session
+    beats = registry.beats
+    async with asyncio.timeout(10):
+        while registry.beats == beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # ten heartbeats
+    assert not registry.listed
+    registering.cancel()
+    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+
+
+async def test_a_goodbye_that_is_refused_is_not_said_again(
+    routers: list[tuple[str, Registry]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, registry = routers[0]
+    said: list[str] = []
+
+    async def refuse(request: Any, context: Any) -> worker_pb2.DeregisterResponse:
+        said.append(request.instance_id)
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not yours")
+        raise AssertionError
+
+    monkeypatch.setattr(registry, "Deregister", refuse)
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    registering = asyncio.create_task(
+        register_with_all(
+            [f"127.0.0.1:{port}"],
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+            leave_by=lambda: time.monotonic() + 60.0,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not registry.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    registering.cancel()
+    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+    await server.stop(0)
+    assert said == ["w"]
