@@ -35,7 +35,8 @@ class Landing:
     travelling: int
     """Pages of the writer that are to land."""
     pages: list[int] = field(default_factory=list)
-    """All pages of the request here; bound when the first one lands, a promise until then."""
+    """All pages of the request here; bound when they are said to be coming, or when the first one
+    lands; a promise until then."""
     transport: str = ""
     accepted: set[int] = field(default_factory=set)
     """Positions of pages that were copied and verified."""

@@ -417,7 +417,9 @@ class DecodeRole(EngineRole):
         landing = self._joined.pop(rid, None)
         if landing is None:
             return worker_pb2.WorkerTiming()
-        now, forward = time.monotonic(), landing.req.t_first_decode
+        now = time.monotonic()
+        # Retracted in the pass that it joined, it came back by way of an extend.
+        forward = landing.req.t_first_decode or now
         self.trace.mark(rid, LAUNCHED, forward)
         self.trace.mark(rid, QUEUED, landing.queued)
         self.trace.mark(rid, DECODED, now)

@@ -1,4 +1,4 @@
 """What two processes must agree on before they talk."""
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised by every change of protos/baton/v1 that an older peer would misread."""

@@ -33,7 +33,8 @@ class GrowingRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """A ticket that was granted and has not joined yet; its row binds when it joins."""
+    """A ticket that was granted and has not joined yet; its row binds when it is described
+    (`Newcomers`), or when it joins."""
 
     prompt_len: int
     """Tokens whose KV will come, replayed outputs included."""

@@ -82,7 +82,12 @@ class Scheduler(SchedulerRequests):
         listen, since who arrives before the launch need not wait for one step more."""
         if not self.config.enable_overlap:
             return 0.0
-        return self._in_flight.hold_s(joining=bool(self.prebuilt))
+        joining = any(
+            self.lora_slots.has_room_for(req.lora_id)
+            for req in self.prebuilt
+            if not self.grammar_queue.is_pending(req)
+        )
+        return self._in_flight.hold_s(joining=joining)
 
     def _launch(self, batch: ScheduleBatch) -> None:
         """The tokens that the step will draw are inputs of the next one without leaving the
