@@ -269,6 +269,7 @@ def wait_for_pair(client: baton.Client) -> None:
     while time.monotonic() < deadline:
         with contextlib.suppress(baton.Unavailable):
             if [w.state for w in client.server_info(timeout=5.0).workers] == ["ready"] * 2:
+                client.complete([5], max_tokens=2, timeout=5.0)  # their KV session stands, too
                 return
         time.sleep(0.1)
     raise AssertionError("no pair of workers registered")

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from baton import Client
 from baton.errors import RequestError, Unavailable
 from tests.e2e.cluster import Cluster, running_cluster
-from tests.e2e.worker_status import get_status
+from tests.e2e.deaths import kill, ready, replayed, run
 
 LIMIT_S = 5.0
 LONG = 400
@@ -91,33 +91,16 @@ def test_a_hung_worker_is_a_typed_error_within_five_seconds(cluster: Cluster, ro
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_with_a_spare_worker_a_death_is_not_noticed(twins: Cluster, role: str) -> None:
-    prompt = list(range(5, 140))
-    with Client(twins.grpc) as client:
-        undisturbed = client.complete(prompt, max_tokens=LONG, temperature=0, ignore_eos=True)
-        tokens: list[int] = []
-        replays = 0
-        for chunk in client.generate(prompt, max_tokens=LONG, temperature=0, ignore_eos=True):
-            if not tokens:
-                busy = _busy(twins, role)
-                threading.Thread(target=_kill, args=(busy,)).start()
-            tokens += [token.id for token in chunk.tokens]
-            if chunk.report is not None:
-                replays = chunk.report.replays
-        assert tokens == undisturbed.token_ids
-        if role == "decode":
-            assert replays == 1
+    prompt, greedy = list(range(5, 140)), {"temperature": 0.0}
+    undisturbed = run(twins, prompt, greedy, length=LONG)
+    if role == "decode":
+        ask = partial(run, twins, prompt, greedy, length=LONG, role=role, after=1)
+        replayed(ask, undisturbed)
+    else:
+        with Client(twins.grpc) as client:
+            stream = client.generate(prompt, max_tokens=LONG, ignore_eos=True, **greedy)
+            ids = [token.id for token in next(stream).tokens]
+            kill(ready(twins, role)[0])
+            ids += [token.id for chunk in stream for token in chunk.tokens]
+        assert ids == undisturbed.ids
     twins.wait_until_balanced()
-
-
-def _busy(cluster: Cluster, role: str) -> dict[str, object]:
-    """The worker of that role that runs the request; for prefill, any that is live."""
-    deadline = time.monotonic() + LIMIT_S
-    while True:
-        ready = [w for w in cluster.workers() if w["role"] == role and w["state"] == "ready"]
-        if role == "prefill":
-            return ready[0]
-        for worker in ready:
-            # Asked itself: what the router lists is a second old, and the request may end in it.
-            if get_status(str(worker["address"])).running:
-                return worker
-        assert time.monotonic() < deadline

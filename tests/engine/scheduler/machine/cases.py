@@ -49,6 +49,10 @@ class RequestScript:
     """Passes that its KV travels, in the roles with a transfer."""
     lost: bool = False
     """The transfer fails half-way."""
+    described: bool = False
+    """Decode hears that its last pages are coming, and prepares for it."""
+    spoilt: bool = False
+    """Its KV arrives otherwise than it was sealed, which is seen when it has joined."""
     oversize: bool = False
     """It may be longer than the pool."""
     judged: bool = False

@@ -60,6 +60,7 @@ TWISTS: list[dict[str, Any]] = [
     {"abort_after": 5},
     {"abort_after": 12},
     {"lost": True},
+    {"spoilt": True},
     {"oversize": True},
 ]
 TENANTS: list[dict[str, Any]] = [
@@ -93,6 +94,7 @@ SCRIPTS = st.builds(
     own=st.integers(0, 3),
     max_new_tokens=st.sampled_from([1, 2, 5, 9, 20, 34, 90]),
     transfer=st.sampled_from([0, 1, 2, 6, 15]),
+    described=st.booleans(),
     tenant=st.sampled_from(TENANTS),
     ending=st.sampled_from(ENDINGS),
     twists=st.lists(st.sampled_from(TWISTS), max_size=2),
@@ -105,6 +107,7 @@ GROWERS = st.builds(
     own=st.integers(0, 3),
     max_new_tokens=st.sampled_from([30, 44]),
     transfer=st.sampled_from([0, 2, 6]),
+    described=st.booleans(),
     tenant=st.just({}),
     ending=st.sampled_from(ENDINGS[:2]),
     twists=st.lists(st.sampled_from(TWISTS[:6]), max_size=1),

@@ -218,11 +218,14 @@ class ScriptedDecode(SchedulerRole):
             landing.pages = landing.prefix + own
             start = len(landing.prefix) * self.scheduler.page_size
             self.kv.write_prompt(landing.pages, req.fill_ids, req.extra_key, start=start)
-            if len(self.lost) % 2 == len(req.fill_ids) % 2:
+            if self.scripts[req.rid].described:
                 self.scheduler.expect_prebuilt(req, landing.pages)
         if landing.passes <= 0:
             del self.landings[req.rid]
-            self.scheduler.add_prebuilt(req, landing.pages, landing.first_token)
+            good = not self.scripts[req.rid].spoilt
+            self.scheduler.add_prebuilt(
+                req, landing.pages, landing.first_token, kv_check=lambda: good
+            )
         return None
 
     def drop(self, rid: RequestId) -> None:

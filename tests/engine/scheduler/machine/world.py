@@ -366,6 +366,10 @@ class World:
                 assert not tokens
                 assert rid not in self.role.wrong_grammar or journey.script.grammar == 0
                 return
+            if journey.script.spoilt:
+                assert not tokens, f"{rid}: tokens of KV that is not what was sealed"
+                assert journey.released
+                return
         elif isinstance(self.role, ScriptedPrefill):
             expected = expected[: start + 1]
         assert journey.released, f"{rid} was never let go: {journey.req}"
