@@ -16,7 +16,7 @@ class RankWindows:
 
     def __init__(self, slots: int, make: MakeMemory) -> None:
         """`slots` of each. `make`: the memory of the n-th, from 0; what it does not find room for
-        raises torch's error."""
+        raises torch's error, or TransportUnavailableError where a driver's memory is meant."""
         self.slots = slots
         self._make = make
         self._memory: dict[int, torch.Tensor] = {}
