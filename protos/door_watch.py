@@ -10,6 +10,7 @@ probes of a port that ask no more than whether it is open.
 import contextlib
 import inspect
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
@@ -31,6 +32,9 @@ that was used to no other connection for a minute."""
 
 MOST_PEERS = 65_536
 """Peers and beginnings remembered; beyond them the oldest are forgotten."""
+
+_SCOPE = re.compile(r"%25.*?(?=%5D)")
+"""Of a link-local address, `fe80::1%eth0` in gRPC's spelling: the kernel's word has none."""
 
 SAID_NOTHING_BYTES = 1
 """What the kernel counts of a peer that sends nothing and hangs up."""
@@ -141,7 +145,7 @@ class PlainDoorWatch(DoorWatch):
             kernel.close()
 
     def on_call(self, peer: str) -> None:
-        self._called[peer] = None
+        self._called[_SCOPE.sub("", peer)] = None
         if len(self._called) > MOST_PEERS:
             self._called.popitem(last=False)
 

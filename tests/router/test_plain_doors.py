@@ -149,6 +149,15 @@ def test_a_call_that_the_end_of_its_connection_overtook_still_counts() -> None:
     assert watch.refused == 1
 
 
+def test_a_caller_with_a_link_local_address_is_known_by_its_end() -> None:
+    now = 0.0
+    watch = PlainDoorWatch(clock=lambda: now)
+    watch.on_call("ipv6:%5Bfe80::1%25eth0%5D:5000")  # gRPC names the interface, the kernel does not
+    watch.on_end("ipv6:%5Bfe80::1%5D:5000", 700)
+    now = 60.0
+    assert watch.refused == 0
+
+
 async def test_where_the_kernel_tells_nothing_no_figure_is_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
