@@ -76,9 +76,9 @@ class RankTransfers:
         def run() -> None:
             try:
                 if self._kv.pool.is_cuda:
+                    # And on the model's stream: seals are made behind its steps, so that an answer
+                    # says that what the leading rank's step ended with is written here as well.
                     torch.cuda.set_device(self._kv.pool.device)
-                    # Its own: copies into the outbox do not queue behind the model's steps.
-                    torch.cuda.set_stream(torch.cuda.Stream(self._kv.pool.device))  # type: ignore[no-untyped-call]
                 while True:
                     self.step()
             except Exception:
