@@ -38,6 +38,7 @@ SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-b
 
 UP_LIMIT_S = 400.0
 PAUSE_TRIES = 5
+RULE_TRIES = 3
 MOST_RESTARTS = 3
 """Ends of one container, without a test's doing, after which it will never serve."""
 BUILD_LIMIT_S = 900.0
@@ -180,15 +181,26 @@ class Stack:
     def _partition(self, kind: str, service: str, *, add: bool) -> None:
         """Drops packets inside the container's own network name space, on every interface."""
         chain, end = {"deaf": ("INPUT", "--source"), "mute": ("OUTPUT", "--destination")}[kind]
-        pid = str(self.inspect(service)["State"]["Pid"])
         for other, number in ADDRESSES.items():
             if other != service:
                 rule = (chain, end, f"{SUBNET}.{number}", "--jump", "DROP")
-                subprocess.run(
-                    ["nsenter", "-t", pid, "-n", "iptables", "-A" if add else "-D", *rule],
-                    check=True,
-                    capture_output=True,
-                )
+                self._packets(service, "-A" if add else "-D", *rule)
+
+    def _packets(self, service: str, *rule: str) -> None:
+        """Tries again: it failed once in some hundred times, beside much else."""
+        for left in reversed(range(RULE_TRIES)):
+            pid = str(self.inspect(service)["State"]["Pid"])
+            done = subprocess.run(
+                ["nsenter", "-t", pid, "-n", "iptables", *rule],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode == 0:
+                return
+            if not left:
+                raise EngineError(f"iptables {' '.join(rule)} of {service}: {done.stderr}")
+            time.sleep(0.2)
 
 
 def build_images(engine: Engine) -> None:

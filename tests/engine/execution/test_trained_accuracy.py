@@ -31,17 +31,18 @@ def test_bfloat16_agrees_with_float32(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype", "bound"),
-    [(torch.float32, "auto", 1e-4), (torch.float32, "fp8_e4m3", 8e-2)],
+    ("kv_cache_dtype", "bound", "agreement"),
+    # With KV in float8 some 4 of 100 argmaxes differ, here of 54 drawn anew each time.
+    [("auto", 1e-4, 0.98), ("fp8_e4m3", 8e-2, 0.75)],
 )
 def test_chunks_and_float8_kv_stay_close(
-    dtype: torch.dtype,
     kv_cache_dtype: KvCacheDtype,
     bound: float,
+    agreement: float,
     texts: Sequence[Sequence[int]],
     expected: torch.Tensor,
 ) -> None:
-    model = load_tiny("cpu", dtype, kv_cache_dtype=kv_cache_dtype)
+    model = load_tiny("cpu", torch.float32, kv_cache_dtype=kv_cache_dtype)
     close = closeness(forced(model, texts, prompt=PROMPT, chunk=12), expected)
-    close.check(agreement=0.9, relative_error=bound)
+    close.check(agreement=agreement, relative_error=bound)
     assert model.kv_pool.page_bytes == (4 if kv_cache_dtype == "auto" else 1) * 16 * 8 * 2 * 2 * 64
