@@ -66,6 +66,27 @@ async def routers() -> AsyncIterator[list[tuple[str, Registry]]]:
         await server.stop(0)
 
 
+async def beating(address: str, registry: Registry, **settings: Any) -> asyncio.Task[None]:
+    """A worker's registration with one router, which has heard of it."""
+    registering = asyncio.create_task(
+        register_with_all(
+            [address],
+            request=worker_pb2.RegisterRequest(instance_id="w"),
+            status=worker_pb2.WorkerStatus,
+            **settings,
+        )
+    )
+    async with asyncio.timeout(10):
+        while not registry.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return registering
+
+
+async def ended(registering: asyncio.Task[None]) -> None:
+    registering.cancel()
+    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+
+
 async def test_a_worker_is_known_to_every_router_it_names_and_leaves_them_all(
     routers: list[tuple[str, Registry]],
 ) -> None:
@@ -106,17 +127,7 @@ async def test_a_router_that_stands_still_is_told_goodbye_until_it_hears_it(
 ) -> None:
     monkeypatch.setattr(registration, "RPC_TIMEOUT_S", 0.2)
     address, registry = routers[0]
-    registering = asyncio.create_task(
-        register_with_all(
-            [address],
-            request=worker_pb2.RegisterRequest(instance_id="w"),
-            status=worker_pb2.WorkerStatus,
-            leave_by=lambda: time.monotonic() + 60.0,
-        )
-    )
-    async with asyncio.timeout(10):
-        while not registry.beats:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    registering = await beating(address, registry, leave_by=lambda: time.monotonic() + 60.0)
     registry.moves.clear()
     registering.cancel()
     async with asyncio.timeout(10):
@@ -134,20 +145,11 @@ async def test_nobody_waits_for_a_router_that_is_no_longer_there() -> None:
     worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    registering = asyncio.create_task(
-        register_with_all(
-            [f"127.0.0.1:{port}"],
-            request=worker_pb2.RegisterRequest(instance_id="w"),
-            status=worker_pb2.WorkerStatus,
-            leave_by=lambda: time.monotonic() + 60.0,
-        )
+    registering = await beating(
+        f"127.0.0.1:{port}", registry, leave_by=lambda: time.monotonic() + 60.0
     )
-    async with asyncio.timeout(10):
-        while not registry.beats:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
     await server.stop(0)
-    registering.cancel()
-    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+    await ended(registering)
 
 
 async def test_a_leaving_worker_that_a_router_has_struck_off_is_not_listed_again(
@@ -155,17 +157,7 @@ async def test_a_leaving_worker_that_a_router_has_struck_off_is_not_listed_again
 ) -> None:
     address, registry = routers[0]
     left = False
-    registering = asyncio.create_task(
-        register_with_all(
-            [address],
-            request=worker_pb2.RegisterRequest(instance_id="w"),
-            status=worker_pb2.WorkerStatus,
-            leaving=lambda: left,
-        )
-    )
-    async with asyncio.timeout(10):
-        while not registry.beats:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    registering = await beating(address, registry, leaving=lambda: left)
     left = True
     registry.listed.clear()  # it heard the goodbye in its session
     beats = registry.beats
@@ -174,8 +166,7 @@ async def test_a_leaving_worker_that_a_router_has_struck_off_is_not_listed_again
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)  # ten heartbeats
     assert not registry.listed
-    registering.cancel()
-    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+    await ended(registering)
 
 
 async def test_a_goodbye_that_is_refused_is_not_said_again(
@@ -194,18 +185,9 @@ async def test_a_goodbye_that_is_refused_is_not_said_again(
     worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    registering = asyncio.create_task(
-        register_with_all(
-            [f"127.0.0.1:{port}"],
-            request=worker_pb2.RegisterRequest(instance_id="w"),
-            status=worker_pb2.WorkerStatus,
-            leave_by=lambda: time.monotonic() + 60.0,
-        )
+    registering = await beating(
+        f"127.0.0.1:{port}", registry, leave_by=lambda: time.monotonic() + 60.0
     )
-    async with asyncio.timeout(10):
-        while not registry.beats:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    registering.cancel()
-    await asyncio.wait_for(asyncio.gather(registering, return_exceptions=True), 10)
+    await ended(registering)
     await server.stop(0)
     assert said == ["w"]

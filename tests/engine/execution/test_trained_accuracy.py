@@ -14,7 +14,7 @@ PROMPT = 40
 
 @pytest.fixture(scope="module")
 def texts() -> list[list[int]]:
-    return random_texts(6, 48)
+    return random_texts(24, 48)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_bfloat16_agrees_with_float32(
 
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "bound", "agreement"),
-    # With KV in float8 some 4 of 100 argmaxes differ, here of 54 drawn anew each time.
-    [("auto", 1e-4, 0.98), ("fp8_e4m3", 8e-2, 0.75)],
+    # With KV in float8 some 4 of 100 argmaxes differ: over fewer positions chance alone decides.
+    [("auto", 1e-4, 0.98), ("fp8_e4m3", 8e-2, 0.9)],
 )
 def test_chunks_and_float8_kv_stay_close(
     kv_cache_dtype: KvCacheDtype,
